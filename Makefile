@@ -1,0 +1,28 @@
+# make | run | demo | test [SANITIZE=address,undefined|thread] | clean. See README.md.
+SANITIZE =
+COMMA = ,
+DIR = build$(if $(SANITIZE),/$(subst $(COMMA),-,$(SANITIZE)))
+CXXFLAGS = -O2 -g -Wall -Wextra
+STRICT = -std=c++17 -pthread $(if $(SANITIZE),-fsanitize=$(SANITIZE) -fno-omit-frame-pointer)
+JOBS = $(shell echo $$((2 * $$(nproc))))
+
+$(DIR)/dot-proxy: main.cpp dot.cpp dot.hpp Makefile
+	@command -v $(CXX) >/dev/null && echo '#include <openssl/ssl.h>' | $(CXX) -E -x c++ - >/dev/null 2>&1 || \
+	  { echo "needs a C++ compiler and OpenSSL: apt-get install g++ make libssl-dev" >&2; exit 1; }
+	@mkdir -p $(DIR)
+	$(CXX) $(CXXFLAGS) $(STRICT) $(CPPFLAGS) $(LDFLAGS) -o $@ main.cpp dot.cpp -lssl -lcrypto
+
+run: $(DIR)/dot-proxy
+	$< --listen 127.0.0.1@5300
+
+demo test-programs: $(DIR)/dot-proxy
+	cmake -S test -B $(DIR)/test -DPROXY=$(abspath $<) -DSANITIZE=$(SANITIZE) >/dev/null
+	+cmake --build $(DIR)/test -j $$(nproc)
+	$(if $(filter demo,$@),test/demo.sh $(DIR))
+
+test: test-programs
+	cd $(DIR)/test && ctest -j $(JOBS) --output-on-failure
+
+clean:
+	rm -rf build
+.PHONY: run demo test-programs test clean

@@ -1,0 +1,754 @@
+// dot.cpp - how a query travels, in the order of the steps of dot.hpp.
+//
+// Messages (pure functions over octets) come first, then streams and framing, slots, TLS, and last
+// the Resolver, which puts them together. Nothing here knows of options, listeners or signals.
+#include "dot.hpp"
+
+#include <arpa/inet.h>
+#include <netinet/tcp.h>
+#include <openssl/err.h>
+#include <openssl/evp.h>
+#include <openssl/x509v3.h>
+#include <poll.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdarg>
+#include <cstring>
+#include <regex>
+
+namespace dot {
+
+using std::chrono::milliseconds;
+using std::chrono::seconds;
+
+std::string text(const char* format, ...) {
+    char line[1024];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(line, sizeof line, format, arguments);
+    va_end(arguments);
+    return line;
+}
+
+double ms(Clock::duration duration) {
+    return std::chrono::duration<double, std::milli>(duration).count();
+}
+
+// ---- Messages ----------------------------------------------------------------------------------
+// A message is a header, questions, and three sections of records (RFC 1035 4.1). The proxy has to
+// find two places in it, the end of the question and the OPT record, and leaves all else alone.
+
+static int u16(const Bytes& m, size_t at) { return m[at] << 8 | m[at + 1]; }
+static void put16(Bytes& m, size_t at, size_t value) {
+    m[at] = uint8_t(value >> 8);
+    m[at + 1] = uint8_t(value);
+}
+
+enum : int { SIG = 24, OPT = 41, TSIG = 250, IXFR = 251, AXFR = 252 };
+enum : int { keepalive_option = 11, padding_option = 12, error_option = 15 };
+constexpr size_t arcount_at = 10, opt_size = 11, option_header = 4;
+
+std::string rcode_name(int rcode) {
+    static const char* const names[] = {"NOERROR",  "FORMERR",  "SERVFAIL", "NXDOMAIN",
+                                        "NOTIMP",   "REFUSED",  "YXDOMAIN", "YXRRSET",
+                                        "NXRRSET",  "NOTAUTH",  "NOTZONE"};
+    return size_t(rcode) < std::size(names) ? names[rcode] : text("RCODE%d", rcode);
+}
+
+std::string type_name(int type) {
+    static const struct {
+        int type;
+        const char* name;
+    } names[] = {{1, "A"},       {2, "NS"},     {5, "CNAME"},  {6, "SOA"},     {12, "PTR"},
+                 {15, "MX"},     {16, "TXT"},   {24, "SIG"},   {28, "AAAA"},   {33, "SRV"},
+                 {35, "NAPTR"},  {41, "OPT"},   {43, "DS"},    {46, "RRSIG"},  {47, "NSEC"},
+                 {48, "DNSKEY"}, {50, "NSEC3"}, {52, "TLSA"},  {64, "SVCB"},   {65, "HTTPS"},
+                 {249, "TKEY"},  {250, "TSIG"}, {251, "IXFR"}, {252, "AXFR"},  {255, "ANY"},
+                 {257, "CAA"}};
+    for (auto& known : names)
+        if (known.type == type) return known.name;
+    return type ? text("TYPE%d", type) : "-";
+}
+
+// Where the name at `at` ends; 0: it does not, or it is longer than RFC 1035 2.3.4 allows. A pointer
+// ends a name and is not followed: what it points to is not needed, so it cannot lead in circles.
+static size_t skip_name(const Bytes& m, size_t at, bool pointers) {
+    for (size_t start = at; at < m.size() && at - start < 255; at += 1 + m[at]) {
+        if (m[at] == 0) return at + 1;
+        if (m[at] >= 0xc0) return pointers && at + 2 <= m.size() ? at + 2 : 0;
+        if (m[at] > 63) return 0;
+    }
+    return 0;
+}
+
+// Calls visit(at, code, size) for each option of RFC 6891 6.1.2 from `at` to `end`, headers included.
+// false: they do not end there.
+template <class Visit>
+static bool each_option(const Bytes& m, size_t at, size_t end, Visit visit) {
+    while (at + option_header <= end) {
+        size_t size = option_header + u16(m, at + 2);
+        if (at + size > end) return false;
+        visit(at, u16(m, at), size);
+        at += size;
+    }
+    return at == end;
+}
+
+// The record at `at`, of which `name_end` is known. Returns its end; 0, with a fault: it has none.
+static size_t parse_record(const Bytes& m, size_t at, size_t name_end, bool additional, Layout& l) {
+    l.fault = "a record is cut short or its name does not parse";
+    if (!name_end || name_end + 10 > m.size()) return 0;
+    const int type = u16(m, name_end);
+    const size_t data = name_end + 10, end = data + u16(m, name_end + 8);
+    const bool second = l.edns;
+    if (type == OPT) {
+        l.edns = true;
+        if (!second) l.udp_size = uint16_t(u16(m, name_end + 2));
+        if (!second) l.dnssec_ok = m[name_end + 6] & 0x80;
+    }
+    if (end > m.size()) return 0;
+    l.is_signed = additional && (type == TSIG || (type == SIG && end > data + 2 && !u16(m, data)));
+    if (type == OPT) {  // RFC 6891 6.1.1
+        l.fault = second ? "more than one OPT" : "a malformed OPT";
+        const bool sound = each_option(m, data, end, [](size_t, int, size_t) {});
+        if (second || m[at] != 0 || !additional || !sound) return 0;
+        l.opt = at;
+        l.opt_end = end;
+    }
+    l.fault = nullptr;
+    return end;
+}
+
+Layout parse(const Bytes& m) {
+    Layout l;
+    l.fault = "shorter than a header";
+    if (m.size() < header_size) return l;
+    size_t at = header_size;
+    l.fault = "the question does not parse";
+    for (int left = u16(m, 4); left > 0; left--) {
+        at = skip_name(m, at, false);
+        if (!at || at + 4 > m.size()) return l;
+        at += 4;
+    }
+    l.question_end = at;
+    l.fault = nullptr;
+    const int additional = u16(m, arcount_at);
+    for (int left = u16(m, 6) + u16(m, 8) + additional; left > 0; left--) {
+        at = parse_record(m, at, skip_name(m, at, true), left <= additional, l);
+        if (!at) return l;
+    }
+    l.end = at;
+    return l;
+}
+
+int Query::type() const {
+    const bool asked = layout.question_end > header_size && u16(octets, 4) > 0;
+    return asked ? u16(octets, layout.question_end - 4) : 0;
+}
+
+void say(const std::string& line) {
+    const std::string whole = line + "\n";
+    // A reader who is gone or a full disk must not stop the service.
+    if (write(STDOUT_FILENO, whole.data(), whole.size()) < 0) return;
+}
+
+void Query::tell(int step, const std::string& what) const {
+    if (verbosity == 0) return;
+    say(text("#%u [%d] %7.1f ms  ", number, step, ms(Clock::now() - taken)) + what);
+}
+
+void Query::show(const char* title, const Bytes& message) const {
+    if (verbosity < 2) return;
+    std::string lines = text("#%u     %s, %zu octets", number, title, message.size());
+    for (size_t at = 0; at < message.size(); at++)
+        lines += (at % 16 ? "" : text("\n#%u     %04zx ", number, at)) + text(" %02x", message[at]);
+    say(lines);
+}
+
+Verdict judge(const Query& query) {  // [2]
+    const Bytes& m = query.octets;
+    if (m.size() < header_size) return {Verdict::Silence, FORMERR, "shorter than a header"};
+    if (m[2] & 0x80) return {Verdict::Silence, FORMERR, "an answer, not a query"};  // else a loop
+    const int opcode = m[2] >> 3 & 15;
+    if (opcode == 6)  // RFC 8490 9.4: a connection for each query cannot carry a session
+        return {Verdict::Answer, NOTIMP, "DNS stateful operations are not proxied"};
+    if (query.layout.fault) return {Verdict::Answer, FORMERR, query.layout.fault};
+    if (opcode == 0 && u16(m, 4) > 1)  // RFC 9619 4
+        return {Verdict::Answer, FORMERR, "more than one question"};
+    if (opcode == 0 && (query.type() == AXFR || query.type() == IXFR))
+        return {Verdict::Answer, NOTIMP, "zone transfers are not proxied"};
+    return {Verdict::Forward, NOERROR, "forwarded"};
+}
+
+// Whether the octets from `from` on may move: a compression pointer counts from the message's start,
+// so none may point behind that place. Data that only looks like one is refused too; never mind.
+static bool movable(const Bytes& m, size_t from) {
+    for (size_t at = from; at + 1 < m.size(); at++)
+        if (m[at] >= 0xc0 && size_t(u16(m, at) & 0x3fff) >= from) return false;
+    return true;
+}
+
+// The options of the message's OPT that are none of `dropped`.
+static Bytes options(const Bytes& m, const Layout& l, std::initializer_list<int> dropped) {
+    Bytes kept;
+    each_option(m, l.opt + opt_size, l.opt_end, [&](size_t at, int code, size_t size) {
+        if (std::find(dropped.begin(), dropped.end(), code) == dropped.end())
+            kept.insert(kept.end(), m.begin() + at, m.begin() + at + size);
+    });
+    return kept;
+}
+
+// An option of `size` octets, all of them zero, behind `list`.
+static void add_option(Bytes& list, int code, size_t size) {
+    list.resize(list.size() + option_header + size);
+    put16(list, list.size() - size - 4, code);
+    put16(list, list.size() - size - 2, size);
+}
+
+// Puts `list` into the OPT of `m`, or into a new one behind its last record.
+static void set_options(Bytes& m, Layout l, const Bytes& list, bool dnssec_ok) {
+    if (!l.opt) {
+        const uint8_t record[] = {0, 0, OPT, 1232 >> 8, 1232 & 255, 0, 0, 0, 0, 0, 0};
+        l.opt = m.size();
+        l.opt_end = l.opt + opt_size;
+        m.insert(m.end(), record, record + opt_size);
+        m[l.opt + 7] = dnssec_ok ? 0x80 : 0;
+        put16(m, arcount_at, u16(m, arcount_at) + 1);
+    }
+    m.erase(m.begin() + l.opt + opt_size, m.begin() + l.opt_end);
+    m.insert(m.begin() + l.opt + opt_size, list.begin(), list.end());
+    put16(m, l.opt + 9, list.size());
+}
+
+Bytes pad(const Query& query) {  // [3]
+    const Bytes& q = query.octets;
+    const Layout& l = query.layout;
+    // RFC 8945 5.5: what is signed travels as it is. Behind octets that no count covers nothing fits.
+    if (l.is_signed || l.end != q.size() || u16(q, arcount_at) == 0xffff ||
+        (l.opt && !movable(q, l.opt_end)))
+        return q;
+    Bytes list = options(q, l, {padding_option});  // a client's own is replaced, RFC 7830 3
+    // The option's own header counts too. It is the last one, RFC 8467 3.
+    const size_t rest = q.size() - (l.opt_end - l.opt) + opt_size + list.size() + option_header;
+    const size_t padding = (padding_block - rest % padding_block) % padding_block;
+    if (rest + padding > longest_message) return q;
+    add_option(list, padding_option, padding);
+    Bytes out = q;
+    set_options(out, l, list, false);  // DO=0: a client without EDNS wants no signatures
+    return out;
+}
+
+bool matches(const Query& query, const Bytes& a, const Layout& layout) {  // [7]
+    const Bytes& q = query.octets;
+    if (a.size() < header_size || layout.fault) return false;
+    if (u16(a, 0) != u16(q, 0) || !(a[2] & 0x80) || ((a[2] ^ q[2]) & 0x78)) return false;
+    const int rcode = a[3] & 15;
+    if (u16(a, 4) == 0 && u16(q, 4) != 0)  // some servers cannot repeat what they did not read
+        return rcode == FORMERR || rcode == SERVFAIL || rcode == NOTIMP || rcode == REFUSED;
+    const size_t end = query.layout.question_end;
+    if (u16(a, 4) != u16(q, 4) || layout.question_end != end) return false;
+    // Names are compared without case, RFC 1035 2.3.3. A label's length is never a letter.
+    const size_t name_end = u16(q, 4) == 1 ? end - 4 : header_size;
+    return std::equal(q.begin() + header_size, q.begin() + name_end, a.begin() + header_size,
+                      [](int x, int y) { return x == y || ((x ^ y) == 32 && isalpha(x)); }) &&
+           std::equal(q.begin() + name_end, q.begin() + end, a.begin() + name_end);
+}
+
+std::optional<Bytes> unpad(const Query& query, Bytes a, const Layout& l) {  // [7]
+    if (l.is_signed) return a;
+    if (l.question_end == query.layout.question_end)  // the client's own spelling, as it came
+        std::copy(query.octets.begin() + header_size,
+                  query.octets.begin() + query.layout.question_end, a.begin() + header_size);
+    if (!l.opt) return a;
+    if (!movable(a, l.opt_end)) return std::nullopt;
+    if (query.layout.edns) {
+        set_options(a, l, options(a, l, {padding_option, keepalive_option}), false);
+        return a;
+    }
+    if (a[l.opt + 5] != 0) return std::nullopt;  // its low four bits alone are another rcode
+    a.erase(a.begin() + l.opt, a.begin() + l.opt_end);
+    put16(a, arcount_at, u16(a, arcount_at) - 1);
+    return a;
+}
+
+size_t udp_limit(const Query& query, size_t most) {
+    if (!query.layout.edns) return 512;
+    return std::max<size_t>(512, std::min<size_t>(query.layout.udp_size, most));
+}
+
+// The header and question of a message.
+static Bytes head(const Bytes& m, const Layout& l) {
+    Bytes out(m.begin(), m.begin() + l.question_end);
+    std::fill(out.begin() + 6, out.begin() + header_size, 0);
+    return out;
+}
+
+Bytes cut(const Query& query, Bytes a, size_t limit) {  // [8]
+    if (a.size() <= limit) return a;
+    const Layout l = parse(a);
+    Bytes out = head(a, l);
+    out[2] |= 0x02;                         // TC
+    if (!query.layout.edns) return out;
+    Bytes list = options(a, l, {});  // RFC 6891 7; RFC 8914 3: they go first if they are too long
+    if (out.size() + opt_size + list.size() > limit) list.clear();
+    set_options(out, {}, list, query.layout.dnssec_ok);
+    if (l.opt) std::copy_n(a.begin() + l.opt, opt_size - 2, out.begin() + l.question_end);
+    return out;
+}
+
+Bytes reply(const Query& query, Rcode rcode, int ede) {  // [8]
+    Bytes out = head(query.octets, query.layout);
+    out[2] = uint8_t(0x80 | (out[2] & 0x79));  // opcode and RD stay
+    out[3] = uint8_t((rcode == SERVFAIL ? 0x80 | (out[3] & 0x10) : 0) | rcode);
+    if (out.size() == header_size) put16(out, 4, 0);  // no question, or one that does not parse
+    if (!query.layout.edns) return out;
+    Bytes list;
+    if (ede >= 0) {
+        add_option(list, error_option, 2);  // no text: it could tell what is nobody's business
+        put16(list, list.size() - 2, ede);
+    }
+    set_options(out, {}, list, query.layout.dnssec_ok);
+    return out;
+}
+
+
+// ---- Streams and framing -----------------------------------------------------------------------
+
+Fd::~Fd() {
+    if (number >= 0) close(number);
+}
+
+Bytes frame(const Bytes& message) {
+    Bytes out(2);
+    put16(out, 0, message.size());
+    out.insert(out.end(), message.begin(), message.end());
+    return out;
+}
+
+// Milliseconds from now to `until`: never a little too early, never negative.
+static int time_left(Time until) {
+    return int(std::clamp(ms(until - Clock::now()) + 0.999, 0.0, 3600e3));
+}
+
+// On Linux the kernel counts this limit down over all the waits of one call with MSG_WAITALL.
+static bool read_all(int fd, uint8_t* into, size_t size, Time until) {
+    const int left = std::max(time_left(until), 1);  // 0 would be for ever
+    const timeval limit{left / 1000, left % 1000 * 1000};
+    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
+    return recv(fd, into, size, MSG_WAITALL) == ssize_t(size);
+}
+
+std::optional<Bytes> read_frame(int fd, Time until) {
+    Bytes message(2);
+    if (!read_all(fd, message.data(), 2, until)) return std::nullopt;
+    message.resize(u16(message, 0));
+    if (!read_all(fd, message.data(), message.size(), until)) return std::nullopt;
+    return message;
+}
+
+std::string Address::str() const {
+    char name[INET6_ADDRSTRLEN] = "?";
+    const void* octets = any.sa_family == AF_INET ? (void*)&v4.sin_addr : (void*)&v6.sin6_addr;
+    inet_ntop(any.sa_family, octets, name, sizeof name);
+    return text("%s@%d", name, ntohs(v4.sin_port));
+}
+
+int parse_number(const std::string& from, int least, int most, const std::string& what) {
+    const bool digits = !from.empty() && from.size() < 10 &&
+                        from.find_first_not_of("0123456789") == std::string::npos;
+    const int number = digits ? std::stoi(from) : -1;
+    if (number < least || number > most)
+        throw BadOption(text("%s '%s' is not a number from %d to %d", what.c_str(), from.c_str(),
+                             least, most));
+    return number;
+}
+
+Address parse_address(const std::string& from, int default_port) {
+    const size_t at = from.find('@');
+    const std::string host = from.substr(0, at);
+    Address a;
+    const bool four = inet_pton(AF_INET, host.c_str(), &a.v4.sin_addr) == 1;
+    if (!four && inet_pton(AF_INET6, host.c_str(), &a.v6.sin6_addr) != 1)
+        throw BadOption("'" + host + "' is not an IP address");
+    a.any.sa_family = four ? AF_INET : AF_INET6;
+    a.v4.sin_port = htons(uint16_t(  // at the same place in both
+        at == from.npos ? default_port : parse_number(from.substr(at + 1), 1, 65535, "port")));
+    return a;
+}
+
+// ---- Slots -------------------------------------------------------------------------------------
+
+Slots::Permit Slots::take(Time until) {
+    std::unique_lock lock(mutex_);
+    if (!changed_.wait_until(lock, until, [&] { return free_ > 0; })) return nullptr;
+    --free_;
+    return Permit(this);
+}
+
+bool Slots::all_free(Time until) {
+    std::unique_lock lock(mutex_);
+    return changed_.wait_until(lock, until, [&] { return free_ == total_; });
+}
+
+void Slots::give() {
+    std::lock_guard lock(mutex_);
+    ++free_;
+    changed_.notify_all();
+}
+
+// ---- Upstreams ---------------------------------------------------------------------------------
+
+constexpr size_t most_tickets = 128;
+constexpr seconds longest_rest{300};       // RFC 9520 3.2: a failure is remembered 5 min at most
+constexpr long oldest_ticket = 7 * 86400;  // seconds, RFC 8446 4.6.1
+
+bool Upstream::available(Time now) {
+    std::lock_guard lock(mutex_);
+    if (failures_ == 0) return true;
+    if (now < rest_until_) return false;
+    rest_until_ = now + seconds(1);
+    return true;
+}
+
+void Upstream::succeeded() {
+    std::lock_guard lock(mutex_);
+    failures_ = 0;
+}
+
+bool Upstream::failed(Time now) {
+    std::lock_guard lock(mutex_);
+    if (failures_ > 0 && now < rest_until_ - seconds(1)) return false;  // known already
+    rest_until_ = now + std::min(longest_rest, seconds(1 << std::min(failures_, 9)));
+    return failures_++ == 0;
+}
+
+void Upstream::keep(Session ticket) {
+    std::lock_guard lock(mutex_);
+    if (tickets_.size() == most_tickets) tickets_.pop_front();
+    tickets_.push_back(std::move(ticket));
+}
+
+Session Upstream::ticket() {
+    std::lock_guard lock(mutex_);
+    while (!tickets_.empty()) {
+        Session newest = std::move(tickets_.back());
+        tickets_.pop_back();
+        if (time(nullptr) - SSL_SESSION_get_time(newest.get()) < oldest_ticket) return newest;
+    }
+    return nullptr;
+}
+
+void add_upstream(Upstreams& to, const std::string& from) {
+    static const struct {
+        const char *alias, *name, *addresses[4];
+    } known[] = {{"cloudflare", "cloudflare-dns.com",
+                  {"1.1.1.1", "1.0.0.1", "2606:4700:4700::1111", "2606:4700:4700::1001"}},
+                 {"google", "dns.google",
+                  {"8.8.8.8", "8.8.4.4", "2001:4860:4860::8888", "2001:4860:4860::8844"}},
+                 {"quad9", "dns.quad9.net",
+                  {"9.9.9.9", "149.112.112.112", "2620:fe::fe", "2620:fe::9"}}};
+    for (auto& resolver : known)
+        if (from == resolver.alias) {
+            for (auto address : resolver.addresses)
+                add_upstream(to, text("%s#%s", address, resolver.name));
+            return;
+        }
+    // A name of letters, so that it is no IP address, then pins: 32 octets are 43 digits of base64.
+    static const std::regex form("([^#]*)#([\\w.-]*[A-Za-z][\\w.-]*)((,pin-sha256=[\\w+/]{43}=)*)");
+    std::smatch part;
+    if (!std::regex_match(from, part, form))
+        throw BadOption("upstream '" + from + "' is not cloudflare, google, quad9 or "
+                        "ADDR[@PORT]#NAME[,pin-sha256=BASE64]... with the NAME it must prove");
+    auto upstream = std::make_unique<Upstream>();
+    upstream->address = parse_address(part[1], 853);
+    upstream->name = part[2];
+    if (upstream->address.v4.sin_port == htons(53))
+        throw BadOption("upstream '" + from + "': port 53 is for cleartext, RFC 7858 3.1");
+    for (std::string pins = part[3]; !pins.empty(); pins = pins.substr(56)) {
+        uint8_t octets[33];
+        EVP_DecodeBlock(octets, reinterpret_cast<const uint8_t*>(&pins[12]), 44);
+        upstream->pins.emplace_back();
+        std::copy_n(octets, 32, upstream->pins.back().begin());
+    }
+    to.push_back(std::move(upstream));
+}
+
+// ---- TLS ---------------------------------------------------------------------------------------
+// Every setting that decides whom the proxy trusts is in the next three functions.
+
+// OpenSSL asks this about each certificate, the server's own (depth 0) last. RFC 7858 4.2: one key
+// of the verified chain must be a pinned one. RFC 8310 6.4: in addition to the name.
+static int check_pins(int ok, X509_STORE_CTX* store) {
+    auto* ssl = static_cast<SSL*>(
+        X509_STORE_CTX_get_ex_data(store, SSL_get_ex_data_X509_STORE_CTX_idx()));
+    const auto& pins = static_cast<Upstream*>(SSL_get_app_data(ssl))->pins;
+    if (!ok || pins.empty() || X509_STORE_CTX_get_error_depth(store) != 0) return ok;
+    STACK_OF(X509)* chain = X509_STORE_CTX_get0_chain(store);
+    for (int i = 0; i < sk_X509_num(chain); i++) {
+        uint8_t* der = nullptr;
+        const int size = i2d_X509_PUBKEY(X509_get_X509_PUBKEY(sk_X509_value(chain, i)), &der);
+        Pin key{};
+        const bool done = size > 0 && EVP_Digest(der, size, key.data(), nullptr, EVP_sha256(), nullptr);
+        OPENSSL_free(der);
+        if (done && std::find(pins.begin(), pins.end(), key) != pins.end()) return 1;
+    }
+    X509_STORE_CTX_set_error(store, X509_V_ERR_APPLICATION_VERIFICATION);
+    return 0;
+}
+
+static int keep_ticket(SSL* ssl, SSL_SESSION* session) {
+    Session ticket(session);
+    const bool dead = SSL_SESSION_get_protocol_version(session) >= TLS1_3_VERSION &&
+                      SSL_SESSION_get_ticket_lifetime_hint(session) == 0;  // RFC 8446 4.6.1
+    if (!dead) static_cast<Upstream*>(SSL_get_app_data(ssl))->keep(std::move(ticket));
+    return 1;  // it is ours now
+}
+
+Ctx tls_context(const std::string& ca_file) {
+    Ctx ctx(SSL_CTX_new(TLS_client_method()));
+    if (!ctx) throw std::runtime_error("OpenSSL does not start");
+    SSL_CTX_set_min_proto_version(ctx.get(), TLS1_2_VERSION);  // RFC 9325 3.1.1
+    SSL_CTX_set_options(ctx.get(), SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION);
+    SSL_CTX_set_verify(ctx.get(), SSL_VERIFY_PEER, check_pins);
+    // Else OpenSSL takes the subject's CN for a name, which RFC 8310 8.1 forbids.
+    X509_VERIFY_PARAM_set_hostflags(
+        SSL_CTX_get0_param(ctx.get()),
+        X509_CHECK_FLAG_NEVER_CHECK_SUBJECT | X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS);
+    static const uint8_t alpn[] = {3, 'd', 'o', 't'};
+    SSL_CTX_set_alpn_protos(ctx.get(), alpn, sizeof alpn);
+    SSL_CTX_set_session_cache_mode(ctx.get(), SSL_SESS_CACHE_CLIENT | SSL_SESS_CACHE_NO_INTERNAL);
+    SSL_CTX_sess_set_new_cb(ctx.get(), keep_ticket);
+    SSL_CTX_set_mode(ctx.get(), SSL_MODE_RELEASE_BUFFERS);
+    const bool trusts = ca_file.empty()
+                            ? SSL_CTX_set_default_verify_paths(ctx.get())
+                            : SSL_CTX_load_verify_file(ctx.get(), ca_file.c_str());
+    if (!trusts) throw BadOption("no certificates to trust in '" + ca_file + "'");
+    return ctx;
+}
+
+Connection::Connection(SSL_CTX* ctx, Upstream& upstream)
+    : upstream_(upstream),
+      fd_(socket(upstream.address.any.sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)),
+      ssl_(SSL_new(ctx)) {
+    if (fd() < 0 || !ssl_ || !SSL_set_fd(ssl_.get(), fd()) ||
+        !SSL_set_tlsext_host_name(ssl_.get(), upstream.name.c_str()) ||
+        !SSL_set1_host(ssl_.get(), upstream.name.c_str())) {
+        local_ = true;
+        fail(fd() < 0 ? strerror(errno) : "out of memory");
+        return;
+    }
+    SSL_set_app_data(ssl_.get(), &upstream);
+    SSL_set_connect_state(ssl_.get());
+    // The group that this server chose before goes first, else it asks for a second hello.
+    std::vector<int> groups{NID_X25519, NID_X9_62_prime256v1, NID_secp384r1, NID_secp521r1};
+    auto chosen = std::find(groups.begin(), groups.end(), upstream.group.load());
+    if (chosen != groups.end()) std::rotate(groups.begin(), chosen, chosen + 1);
+    SSL_set1_groups(ssl_.get(), groups.data(), groups.size());
+    if (Session ticket = upstream.ticket()) SSL_set_session(ssl_.get(), ticket.get());
+    const int one = 1;
+    setsockopt(fd(), IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+    events_ = POLLOUT;
+    if (connect(fd(), &upstream.address.any, upstream.address.size()) && errno != EINPROGRESS)
+        fail(strerror(errno));
+}
+
+Connection::~Connection() {
+    // Without this OpenSSL takes the session for broken and never resumes it. RFC 8446 6.1.
+    if (!dialling_ && stage_ != Stage::Failed) SSL_shutdown(ssl_.get());
+    ERR_clear_error();  // a stale error would be taken for one of this thread's next connection
+}
+
+Connection::Stage Connection::fail(const std::string& why) {
+    why_ = why;
+    return stage_ = Stage::Failed;
+}
+
+Connection::Stage Connection::again(int result) {
+    const int error = errno, kind = SSL_get_error(ssl_.get(), result);
+    events_ = kind == SSL_ERROR_WANT_WRITE ? POLLOUT : POLLIN;
+    if (kind == SSL_ERROR_WANT_READ || kind == SSL_ERROR_WANT_WRITE) return stage_;
+    const long verdict = SSL_get_verify_result(ssl_.get());
+    const char* reason = ERR_reason_error_string(ERR_peek_error());
+    if (dialling_ && verdict == X509_V_ERR_HOSTNAME_MISMATCH)
+        return fail("certificate does not match " + upstream_.name);
+    if (dialling_ && verdict == X509_V_ERR_APPLICATION_VERIFICATION)
+        return fail("certificate has no pinned key in its chain");
+    if (dialling_ && verdict != X509_V_OK)
+        return fail(text("certificate refused: %s", X509_verify_cert_error_string(verdict)));
+    if (reason) return fail(text("TLS failed: %s", reason));
+    if (kind == SSL_ERROR_SYSCALL && error) return fail(strerror(error));
+    return fail(have_ ? "closed within the answer" : "closed before the answer");
+}
+
+// The certificate itself was judged in the handshake. true: nothing else is wrong either.
+bool Connection::verified() {
+    const uint8_t* alpn = nullptr;
+    unsigned size = 0;
+    SSL_get0_alpn_selected(ssl_.get(), &alpn, &size);
+    if (size != 0 && std::string(alpn, alpn + size) != "dot") return false;
+    upstream_.group = int(SSL_get_negotiated_group(ssl_.get()));
+    return SSL_get_verify_result(ssl_.get()) == X509_V_OK && SSL_get0_peer_certificate(ssl_.get());
+}
+
+Connection::Stage Connection::advance() {
+    ERR_clear_error();
+    if (stage_ == Stage::Connect) {
+        pollfd connected{fd(), POLLOUT, 0};
+        if (poll(&connected, 1, 0) == 0) return stage_;
+        stage_ = Stage::Handshake;
+    }
+    if (stage_ == Stage::Handshake) {  // [4]
+        const int result = SSL_do_handshake(ssl_.get());
+        if (result != 1) return again(result);
+        if (!verified()) return fail("chose a protocol that is not DNS over TLS");
+        dialling_ = false;
+        stage_ = Stage::Idle;
+    }
+    if (stage_ == Stage::Idle && !out_.empty()) stage_ = Stage::Send;
+    if (stage_ == Stage::Send) {  // [5] RFC 7858 3.3: length and message together, in one record
+        const int result = SSL_write(ssl_.get(), out_.data(), int(out_.size()));
+        if (result <= 0) return again(result);
+#ifdef TCP_QUICKACK  // Linux. Else the tickets' acknowledgement, and with it the answer, is 40 ms late
+        const int one = 1;
+        setsockopt(fd(), IPPROTO_TCP, TCP_QUICKACK, &one, sizeof one);
+#endif
+        in_.resize(2);
+        stage_ = Stage::Read;
+    }
+    while (stage_ == Stage::Read) {  // [6]
+        const int result = SSL_read(ssl_.get(), in_.data() + have_, int(in_.size() - have_));
+        if (result <= 0) return again(result);
+        have_ += size_t(result);
+        if (have_ == 2) in_.resize(2 + u16(in_, 0));
+        if (have_ == in_.size()) stage_ = Stage::Done;
+    }
+    return stage_;
+}
+
+void Connection::send(const Bytes& message) { out_ = frame(message); }
+
+Bytes Connection::answer() const { return Bytes(in_.begin() + 2, in_.end()); }
+
+std::string Connection::how() const {
+    return text("%s %s", SSL_get_version(ssl_.get()),
+                SSL_session_reused(ssl_.get()) ? "resumed" : "full");
+}
+
+std::string Connection::trouble() const {
+    switch (stage_) {
+        case Stage::Connect: return "no TCP connection in time";
+        case Stage::Handshake: return "TLS handshake not finished in time";
+        case Stage::Failed: return why_;
+        default: return have_ ? "answer not complete in time" : "no answer in time";
+    }
+}
+
+std::string Connection::certificate() const {
+    tm until{};
+    char day[16] = "?";
+    ASN1_TIME_to_tm(X509_get0_notAfter(SSL_get0_peer_certificate(ssl_.get())), &until);
+    strftime(day, sizeof day, "%Y-%m-%d", &until);
+    return day;
+}
+
+// ---- The whole way -----------------------------------------------------------------------------
+
+constexpr int most_tries = 3;  // RFC 9520 3.1
+
+Resolver::Resolver(Ctx ctx, Upstreams upstreams, size_t max_udp)
+    : ctx_(std::move(ctx)), upstreams_(std::move(upstreams)), max_udp_(max_udp) {}
+
+// Whom to ask next: the first in the user's order that is well, rather not the one asked last.
+Upstream* Resolver::choose(Upstream* last) {
+    Upstream* again = nullptr;
+    for (auto& upstream : upstreams_) {
+        if (upstream.get() == last) {
+            again = last;
+            continue;
+        }
+        if (upstream->available(Clock::now())) return upstream.get();
+    }
+    return again && again->available(Clock::now()) ? again : nullptr;
+}
+
+// Takes a try one step on and tells of it. true: it ended, with `outcome` good or not.
+bool Resolver::follow(const Query& query, Connection& connection, Outcome& outcome) {
+    using Stage = Connection::Stage;
+    const Stage before = connection.stage(), after = connection.advance();
+    const std::string whom = connection.upstream().address.str();
+    if (before < Stage::Idle && after >= Stage::Idle && after != Stage::Failed) {
+        connection.upstream().succeeded();
+        query.tell(4, whom + " dialled, " + connection.how() + ", name " +
+                          connection.upstream().name + " verified, certificate valid until " +
+                          connection.certificate());
+    }
+    if (before < Stage::Read && after >= Stage::Read && after != Stage::Failed)
+        query.tell(5, "length and message written in one record to " + whom);
+    if (after != Stage::Done && after != Stage::Failed) return false;
+    if (after == Stage::Failed) {
+        outcome.detail = whom + " " + connection.trouble();
+        query.tell(before < Stage::Idle ? 4 : before < Stage::Read ? 5 : 6, outcome.detail);
+        if (connection.dial_failed()) connection.upstream().failed(Clock::now());
+        return true;
+    }
+    const Bytes answer = connection.answer();
+    const Layout layout = parse(answer);
+    query.tell(6, text("2 + %zu octets from %s", answer.size(), whom.c_str()));
+    query.show("answer over TLS", answer);
+    std::optional<Bytes> clean;
+    if (matches(query, answer, layout)) clean = unpad(query, answer, layout);
+    outcome.good = clean.has_value();
+    outcome.detail = clean ? connection.upstream().name + " " + connection.how() + " dialled"
+                           : whom + " sent what is not an answer to this query";
+    if (clean) outcome.octets = std::move(*clean);
+    query.tell(7, clean ? text("it matches; %zu -> %zu octets", answer.size(), outcome.octets.size())
+                        : outcome.detail);
+    return true;
+}
+
+// [4]-[7] The first good answer of any upstream, or why there is none.
+Outcome Resolver::ask(const Query& query, const Bytes& message) {
+    Outcome outcome;
+    Tries tries;
+    Upstream* last = nullptr;
+    outcome.detail = "every upstream failed a moment ago";
+    for (int started = 0; !outcome.good;) {
+        if (tries.empty()) {
+            Upstream* upstream = started++ < most_tries ? choose(last) : nullptr;
+            if (!upstream) return outcome;
+            last = upstream;
+            tries.push_back(std::make_unique<Connection>(ctx_.get(), *upstream));
+            tries.back()->send(message);
+        }
+        std::vector<pollfd> waiting;
+        for (auto& one : tries) waiting.push_back({one->fd(), one->events(), 0});
+        poll(waiting.data(), waiting.size(), time_left(query.deadline));
+        if (Clock::now() >= query.deadline) {
+            outcome.detail = last->address.str() + " " + tries.back()->trouble();
+            if (tries.back()->dial_failed()) last->failed(Clock::now());
+            return outcome;
+        }
+        tries.erase(std::remove_if(tries.begin(), tries.end(),
+                                   [&](auto& one) { return follow(query, *one, outcome); }),
+                    tries.end());
+    }
+    return outcome;
+}
+
+Outcome Resolver::resolve(const Query& query) {
+    const Bytes message = pad(query);
+    query.tell(3, text("%zu -> %zu octets", query.octets.size(), message.size()));
+    query.show("query over TLS", message);
+    Outcome outcome = ask(query, message);
+    if (!outcome.good) outcome.octets = reply(query, SERVFAIL, 23);  // EDE: Network Error
+    const size_t whole = outcome.octets.size();
+    if (!query.tcp) outcome.octets = cut(query, outcome.octets, udp_limit(query, max_udp_));
+    query.tell(8, text("%s, %zu octets%s", rcode_name(outcome.octets[3] & 15).c_str(),
+                       outcome.octets.size(), outcome.octets.size() < whole ? ", cut, TC set" : ""));
+    query.show("answer", outcome.octets);
+    return outcome;
+}
+
+}  // namespace dot

@@ -1,0 +1,288 @@
+// dot.hpp - every type and every contract of dot-proxy, in the order in which a query meets them.
+//
+// dot-proxy takes plain DNS over UDP and TCP and asks a resolver over TLS (RFC 7858). A query takes
+// eight steps. They have the same numbers here, at the code, in what -v prints and in the README:
+//
+//     stub resolver              dot-proxy                       resolver
+//     +-----------+  UDP/TCP  +---------------------------+  TLS  +-------+
+//     | nslookup  | --------> | [1] take the query        |       |       |
+//     |           |           | [2] judge it              |       |       |
+//     |           |           | [3] pad it                |       |       |
+//     |           |           | [4] connect and verify    | ----> | port  |
+//     |           |           | [5] frame and send        | ----> |  853  |
+//     |           |           | [6] read the frame back   | <---- |       |
+//     |           |           | [7] match it, unpad it    |       |       |
+//     |           | <-------- | [8] answer, or cut it (TC)|       |       |
+//     +-----------+           +---------------------------+       +-------+
+//
+// What it is not: a cache, a validator, an authoritative server or a client of plain DNS. There is no
+// code path that sends a query in the clear and none that sends one to a server not authenticated.
+//
+// Reading order: this file; dot.cpp (how a query travels); main.cpp (how the program runs).
+// Errors come in three tiers: before the first thread starts, functions throw; while serving, they
+// return nullopt, false or a text; what is ignored has its reason on the line.
+#pragma once
+
+#include <netinet/in.h>
+#include <openssl/ssl.h>
+#include <sys/socket.h>
+
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace dot {
+
+using Bytes = std::vector<uint8_t>;
+using Clock = std::chrono::steady_clock;  // the wall clock jumps; deadlines must not
+using Time = Clock::time_point;
+
+// What the user asked for cannot be done as asked (exit 2).
+struct BadOption : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+// printf into a string.
+std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+// Prints a line on stdout in one write(2), so that the lines of many threads do not mix.
+void say(const std::string& line);
+double ms(Clock::duration duration);
+
+// ---- Messages: pure functions over octets ------------------------------------------------------
+
+enum Rcode : int { NOERROR, FORMERR, SERVFAIL, NXDOMAIN, NOTIMP, REFUSED };
+std::string rcode_name(int rcode);
+std::string type_name(int type);
+
+constexpr size_t header_size = 12;       // RFC 1035 4.1.1
+constexpr size_t longest_message = 65535;  // two octets of length, RFC 1035 4.2.2
+constexpr size_t padding_block = 128;    // RFC 8467 4.1
+
+// Where the parts of a message are. Positions count octets from the message's start.
+struct Layout {
+    const char* fault = nullptr;  // why it does not parse; nullptr: it does
+    size_t question_end = header_size;
+    size_t opt = 0, opt_end = 0;  // the OPT record; 0: it has none
+    size_t end = 0;               // behind the last record counted: less than the size if more follows
+    bool edns = false;            // an OPT was seen, even if a faulty one
+    bool dnssec_ok = false;       // its DO bit
+    uint16_t udp_size = 512;      // the longest UDP answer its sender takes
+    bool is_signed = false;       // ends in TSIG (RFC 8945) or SIG(0) (RFC 2931)
+};
+Layout parse(const Bytes& message);
+
+// One query on its way. Made in step [1]; owned by the one thread that carries it.
+struct Query {
+    Bytes octets;
+    Layout layout;
+    bool tcp = false;
+    int verbosity = 0;  // 0: say nothing, 1: the story of the eight steps, 2: the octets too
+    unsigned number = 0;  // tells the lines of concurrent queries apart
+    Time taken, deadline;
+
+    int type() const;  // of the question; 0: there is none
+    // Prints a line of the story.
+    void tell(int step, const std::string& what) const;
+    void show(const char* title, const Bytes& message) const;  // the octets, if they are wanted
+};
+
+// [2] What to do with a query: forward it, or answer `rcode` at once, or keep silent.
+struct Verdict {
+    enum { Forward, Answer, Silence } action;
+    Rcode rcode;
+    const char* why;
+};
+Verdict judge(const Query& query);
+
+// [3] The query padded to a multiple of 128 octets (RFC 7830, RFC 8467 4.1). A client's own padding
+// is resized. Unchanged if it is signed or its octets cannot move, or if it would become too long.
+Bytes pad(const Query& query);
+
+// [7] Whether `answer` answers `query`: QR, id, opcode and question (RFC 5452 9.1).
+bool matches(const Query& query, const Bytes& answer, const Layout& layout);
+
+// [7] The answer as the client may see it: without padding and keepalive, which are between this
+// proxy and the resolver (RFC 7830 6, RFC 7828 3.4), and without OPT if the client sent none
+// (RFC 6891 7). nullopt: there is no such form, as with an extended rcode for a client without EDNS.
+std::optional<Bytes> unpad(const Query& query, Bytes answer, const Layout& layout);
+
+// [8] The answer if it fits `limit` octets, else its header, question and OPT with TC set.
+Bytes cut(const Query& query, Bytes answer, size_t limit);
+// What a UDP client can take, RFC 6891 6.2.5: at least 512 and at most `most` octets.
+size_t udp_limit(const Query& query, size_t most);
+
+// [8] An answer of the proxy's own. To an EDNS client it has an OPT, and an Extended DNS Error
+// (RFC 8914) if `ede` is not negative. QR, opcode, RD, and CD and RA with SERVFAIL, are set.
+Bytes reply(const Query& query, Rcode rcode, int ede = -1);
+
+// ---- Streams and framing -----------------------------------------------------------------------
+
+// A file descriptor and its only owner.
+struct Fd {
+    explicit Fd(int number) : number(number) {}
+    Fd(const Fd&) = delete;
+    ~Fd();
+    const int number;
+};
+
+// The message behind its length in two octets, RFC 1035 4.2.2. At most `longest_message` octets.
+Bytes frame(const Bytes& message);
+
+// A whole message from a stream socket. nullopt: closed, cut short or late.
+std::optional<Bytes> read_frame(int fd, Time until);
+
+// An IP address and port.
+union Address {
+    sockaddr any;
+    sockaddr_in v4;
+    sockaddr_in6 v6{};
+    socklen_t size() const { return any.sa_family == AF_INET ? sizeof v4 : sizeof v6; }
+    std::string str() const;  // "1.1.1.1@853"
+};
+// ADDR[@PORT]; throws BadOption.
+Address parse_address(const std::string& from, int default_port);
+// All of `from` as a number from `least` to `most`; throws BadOption that names `what`.
+int parse_number(const std::string& from, int least, int most, const std::string& what);
+
+// ---- Slots -------------------------------------------------------------------------------------
+
+// A counted permit is taken before a thread starts and given back by its destructor. That bounds
+// threads, memory and the handshakes strangers can cause, and tells when the last thread is done.
+class Slots {
+public:
+    explicit Slots(int total) : free_(total), total_(total) {}
+    struct GiveBack {
+        void operator()(Slots* slots) const { slots->give(); }
+    };
+    using Permit = std::unique_ptr<Slots, GiveBack>;
+
+    Permit take(Time until = {});  // empty: none became free before `until`
+    bool all_free(Time until);     // false: some were still taken at `until`
+
+private:
+    void give();
+    std::mutex mutex_;  // guards free_
+    std::condition_variable changed_;
+    int free_;
+    const int total_;
+};
+
+// ---- TLS ---------------------------------------------------------------------------------------
+
+template <auto release>
+struct Release {
+    template <class T>
+    void operator()(T* handle) const { release(handle); }
+};
+using Ctx = std::unique_ptr<SSL_CTX, Release<SSL_CTX_free>>;
+using Ssl = std::unique_ptr<SSL, Release<SSL_free>>;
+using Session = std::unique_ptr<SSL_SESSION, Release<SSL_SESSION_free>>;
+using Pin = std::array<uint8_t, 32>;  // SHA-256 of a SubjectPublicKeyInfo, RFC 7858 4.2
+
+// One address of a resolver: who it must prove to be, and what was learnt about it.
+struct Upstream {
+    Address address;
+    std::string name;       // must be in the certificate's SAN, RFC 8310 8.1
+    std::vector<Pin> pins;  // if any, one must be in the verified chain as well
+
+    // Whether it may be asked now: it did not fail, or its time of rest is over. In the latter case
+    // the caller is the one who tries it: others are told no until this is known.
+    bool available(Time now);
+    void succeeded();
+    bool failed(Time now);  // it rests for 1 s, doubling to 5 min. true: it was well until now
+    void keep(Session ticket);
+    Session ticket();       // for one use (RFC 8446 C.4); empty: there is none
+
+    std::atomic<int> group{0};  // the key exchange it chose last (an OpenSSL NID); 0: unknown
+
+private:
+    std::mutex mutex_;  // guards all below
+    std::deque<Session> tickets_;
+    int failures_ = 0;
+    Time rest_until_{};
+};
+using Upstreams = std::vector<std::unique_ptr<Upstream>>;
+// cloudflare | google | quad9 | ADDR[@PORT]#NAME[,pin-sha256=BASE64]... appended, one for each
+// address. Throws BadOption.
+void add_upstream(Upstreams& to, const std::string& from);
+
+// The settings of all connections: TLS 1.2 at least, ALPN "dot", certificates verified, SAN only.
+// Empty `ca_file`: the system's. Throws BadOption.
+Ctx tls_context(const std::string& ca_file);
+
+// [4]-[6] One TCP and TLS connection, used by one thread at a time. Its socket does not block, so
+// that every wait is a poll(2) with the query's deadline, and one thread can wait for several.
+class Connection {
+public:
+    Connection(SSL_CTX* ctx, Upstream& upstream);  // begins to connect
+    ~Connection();                                 // close_notify, then close
+
+    // In the order in which they come. Idle: verified, and nothing to send yet.
+    enum class Stage { Connect, Handshake, Idle, Send, Read, Done, Failed };
+    // Goes on as far as it can without waiting, to Idle, Done or Failed at most.
+    Stage advance();
+    void send(const Bytes& message);  // once; it leaves in a frame when the connection is Idle
+    Stage stage() const { return stage_; }
+    int fd() const { return fd_.number; }
+    short events() const { return events_; }  // what advance() waits for, as of poll(2)
+    Upstream& upstream() const { return upstream_; }
+    Bytes answer() const;             // when Done
+    std::string how() const;          // "TLSv1.3 resumed", once past Handshake
+    std::string trouble() const;      // why it Failed, or what it still waits for
+    std::string certificate() const;  // until when it is valid, for the story
+    // Whether the other end refused, hung, or could not prove who it is.
+    bool dial_failed() const { return dialling_ && !local_; }
+
+private:
+    Stage fail(const std::string& why);
+    Stage again(int result);  // after an OpenSSL call that did not succeed
+    bool verified();
+
+    Upstream& upstream_;
+    Fd fd_;
+    Ssl ssl_;
+    Stage stage_ = Stage::Connect;
+    short events_ = 0;
+    bool dialling_ = true;  // not yet past Handshake
+    bool local_ = false;    // it failed for want of something here
+    Bytes out_, in_;
+    size_t have_ = 0;  // octets of in_
+    std::string why_;
+};
+
+// ---- The whole way -----------------------------------------------------------------------------
+
+struct Outcome {
+    Bytes octets;        // for the client
+    bool good = false;   // the resolver answered
+    std::string detail;  // how, or why not
+};
+
+// Steps [3] to [8] of every query. Many threads may call it at once.
+class Resolver {
+public:
+    Resolver(Ctx ctx, Upstreams upstreams, size_t max_udp);
+    Outcome resolve(const Query& query);
+
+private:
+    using Tries = std::vector<std::unique_ptr<Connection>>;
+    Upstream* choose(Upstream* last);
+    bool follow(const Query& query, Connection& connection, Outcome& outcome);
+    Outcome ask(const Query& query, const Bytes& message);
+
+    const Ctx ctx_;
+    const Upstreams upstreams_;
+    const size_t max_udp_;
+};
+
+}  // namespace dot
