@@ -3,7 +3,7 @@ SANITIZE =
 COMMA = ,
 DIR = build$(if $(SANITIZE),/$(subst $(COMMA),-,$(SANITIZE)))
 CXXFLAGS = -O2 -g -Wall -Wextra
-STRICT = -std=c++17 -pthread $(if $(SANITIZE),-fsanitize=$(SANITIZE) -fno-omit-frame-pointer)
+STRICT = -std=c++20 -pthread $(if $(SANITIZE),-fsanitize=$(SANITIZE) -fno-omit-frame-pointer)
 JOBS = $(shell echo $$((2 * $$(nproc))))
 
 $(DIR)/dot-proxy: main.cpp dot.cpp dot.hpp Makefile

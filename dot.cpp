@@ -96,50 +96,39 @@ static bool each_option(const Bytes& m, size_t at, size_t end, Visit visit) {
     return at == end;
 }
 
-// The record at `at`, of which `name_end` is known. Returns its end; 0, with a fault: it has none.
-static size_t parse_record(const Bytes& m, size_t at, size_t name_end, bool additional, Layout& l) {
-    l.fault = "a record is cut short or its name does not parse";
-    if (!name_end || name_end + 10 > m.size()) return 0;
-    const int type = u16(m, name_end);
-    const size_t data = name_end + 10, end = data + u16(m, name_end + 8);
-    const bool second = l.edns;
-    if (type == OPT) {
-        l.edns = true;
-        if (!second) l.udp_size = uint16_t(u16(m, name_end + 2));
-        if (!second) l.dnssec_ok = m[name_end + 6] & 0x80;
-    }
-    if (end > m.size()) return 0;
-    l.is_signed = additional && (type == TSIG || (type == SIG && end > data + 2 && !u16(m, data)));
-    if (type == OPT) {  // RFC 6891 6.1.1
-        l.fault = second ? "more than one OPT" : "a malformed OPT";
-        const bool sound = each_option(m, data, end, [](size_t, int, size_t) {});
-        if (second || m[at] != 0 || !additional || !sound) return 0;
-        l.opt = at;
-        l.opt_end = end;
-    }
-    l.fault = nullptr;
-    return end;
+// What the OPT record says of its sender. A fault in it is the message's, RFC 6891 6.1.1.
+static void parse_opt(const Bytes& m, const Record& r, Layout& l) {
+    const bool second = l.edns, root = m[r.start] == 0;
+    l.edns = true;
+    if (!second) l.udp_size = size_t(u16(m, r.type_at + 2));
+    if (!second) l.dnssec_ok = m[r.type_at + 6] & 0x80;
+    if (second) l.fault = "more than one OPT";
+    const bool whole = r.end <= m.size() && each_option(m, r.type_at + 10, r.end, [](auto...) {});
+    if (!whole || !root || r.section != 3) l.fault = "a malformed OPT";
+    l.opt = r.start;
+    l.opt_end = r.end;
 }
 
 Layout parse(const Bytes& m) {
     Layout l;
-    l.fault = "shorter than a header";
-    if (m.size() < header_size) return l;
-    size_t at = header_size;
-    l.fault = "the question does not parse";
-    for (int left = u16(m, 4); left > 0; left--) {
-        at = skip_name(m, at, false);
-        if (!at || at + 4 > m.size()) return l;
-        at += 4;
+    if (m.size() < header_size) l.fault = "shorter than a header";
+    for (int section = 0; section < 4; section++) {
+        for (int left = l.fault ? 0 : u16(m, 4 + 2 * section); left > 0 && !l.fault; left--) {
+            Record r{l.end, skip_name(m, l.end, section > 0), 0, section};
+            r.end = r.type_at + (section ? 10 : 4);
+            if (!r.type_at || r.end > m.size()) l.fault = "a name or record does not parse";
+            if (l.fault) return l;
+            if (section) r.end += u16(m, r.type_at + 8);
+            if (r.end > m.size()) l.fault = "a record is longer than the message";
+            const int type = u16(m, r.type_at);
+            if (section && type == OPT) parse_opt(m, r, l);
+            l.is_signed = section == 3 && (type == TSIG || (type == SIG && !l.fault &&
+                          r.end >= r.type_at + 12 && u16(m, r.type_at + 10) == 0));
+            l.end = r.end;
+            if (section == 0) l.question_end = r.end;
+            l.records.push_back(r);
+        }
     }
-    l.question_end = at;
-    l.fault = nullptr;
-    const int additional = u16(m, arcount_at);
-    for (int left = u16(m, 6) + u16(m, 8) + additional; left > 0; left--) {
-        at = parse_record(m, at, skip_name(m, at, true), left <= additional, l);
-        if (!at) return l;
-    }
-    l.end = at;
     return l;
 }
 
@@ -529,224 +518,186 @@ Ctx tls_context(const std::string& ca_file) {
 }
 
 Connection::Connection(SSL_CTX* ctx, Upstream& upstream)
-    : upstream_(upstream),
-      fd_(socket(upstream.address.any.sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)),
-      ssl_(SSL_new(ctx)) {
-    if (fd() < 0 || !ssl_ || !SSL_set_fd(ssl_.get(), fd()) ||
-        !SSL_set_tlsext_host_name(ssl_.get(), upstream.name.c_str()) ||
-        !SSL_set1_host(ssl_.get(), upstream.name.c_str())) {
-        local_ = true;
-        fail(fd() < 0 ? strerror(errno) : "out of memory");
+    : upstream(upstream),
+      fd(socket(upstream.address.any.sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)),
+      ssl(SSL_new(ctx)) {
+    const int one = 1, error = errno;
+    local = fd.number < 0 || !ssl || !SSL_set_fd(ssl.get(), fd.number) ||
+            !SSL_set_tlsext_host_name(ssl.get(), upstream.name.c_str()) ||
+            !SSL_set1_host(ssl.get(), upstream.name.c_str());
+    if (local) {
+        fail(strerror(error));
         return;
     }
-    SSL_set_app_data(ssl_.get(), &upstream);
-    SSL_set_connect_state(ssl_.get());
+    SSL_set_app_data(ssl.get(), &upstream);
+    SSL_set_connect_state(ssl.get());
     // The group that this server chose before goes first, else it asks for a second hello.
-    std::vector<int> groups{NID_X25519, NID_X9_62_prime256v1, NID_secp384r1, NID_secp521r1};
-    auto chosen = std::find(groups.begin(), groups.end(), upstream.group.load());
-    if (chosen != groups.end()) std::rotate(groups.begin(), chosen, chosen + 1);
-    SSL_set1_groups(ssl_.get(), groups.data(), groups.size());
-    if (Session ticket = upstream.ticket()) SSL_set_session(ssl_.get(), ticket.get());
-    const int one = 1;
-    setsockopt(fd(), IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
-    events_ = POLLOUT;
-    if (connect(fd(), &upstream.address.any, upstream.address.size()) && errno != EINPROGRESS)
+    int groups[] = {NID_X25519, NID_X9_62_prime256v1, NID_secp384r1, NID_secp521r1};
+    auto chosen = std::find(groups, groups + 4, upstream.group.load());
+    if (chosen != groups + 4) std::rotate(groups, chosen, chosen + 1);
+    SSL_set1_groups(ssl.get(), groups, 4);
+    if (Session ticket = upstream.ticket()) SSL_set_session(ssl.get(), ticket.get());
+    setsockopt(fd.number, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+    events = POLLOUT;
+    if (connect(fd.number, &upstream.address.any, upstream.address.size()) && errno != EINPROGRESS)
         fail(strerror(errno));
 }
 
 Connection::~Connection() {
     // Without this OpenSSL takes the session for broken and never resumes it. RFC 8446 6.1.
-    if (!dialling_ && stage_ != Stage::Failed) SSL_shutdown(ssl_.get());
+    if (verified && stage != Failed) SSL_shutdown(ssl.get());
     ERR_clear_error();  // a stale error would be taken for one of this thread's next connection
 }
 
+void Connection::tell(int step, const std::string& what) const {
+    if (query_) query_->tell(step, upstream.address.str() + " " + what);
+}
+
 Connection::Stage Connection::fail(const std::string& why) {
+    tell(stage < Idle ? 4 : stage < Read ? 5 : 6, why);
     why_ = why;
-    return stage_ = Stage::Failed;
+    return stage = Failed;
 }
 
 Connection::Stage Connection::again(int result) {
-    const int error = errno, kind = SSL_get_error(ssl_.get(), result);
-    events_ = kind == SSL_ERROR_WANT_WRITE ? POLLOUT : POLLIN;
-    if (kind == SSL_ERROR_WANT_READ || kind == SSL_ERROR_WANT_WRITE) return stage_;
-    const long verdict = SSL_get_verify_result(ssl_.get());
+    const int error = errno, kind = SSL_get_error(ssl.get(), result);
+    events = kind == SSL_ERROR_WANT_WRITE ? POLLOUT : POLLIN;
+    if (kind == SSL_ERROR_WANT_READ || kind == SSL_ERROR_WANT_WRITE) return stage;
+    const long verdict = verified ? X509_V_OK : SSL_get_verify_result(ssl.get());
     const char* reason = ERR_reason_error_string(ERR_peek_error());
-    if (dialling_ && verdict == X509_V_ERR_HOSTNAME_MISMATCH)
-        return fail("certificate does not match " + upstream_.name);
-    if (dialling_ && verdict == X509_V_ERR_APPLICATION_VERIFICATION)
+    if (verdict == X509_V_ERR_HOSTNAME_MISMATCH)
+        return fail("certificate does not match " + upstream.name);
+    if (verdict == X509_V_ERR_APPLICATION_VERIFICATION)
         return fail("certificate has no pinned key in its chain");
-    if (dialling_ && verdict != X509_V_OK)
+    if (verdict != X509_V_OK)
         return fail(text("certificate refused: %s", X509_verify_cert_error_string(verdict)));
     if (reason) return fail(text("TLS failed: %s", reason));
-    if (kind == SSL_ERROR_SYSCALL && error) return fail(strerror(error));
-    return fail(have_ ? "closed within the answer" : "closed before the answer");
+    return fail(kind == SSL_ERROR_SYSCALL && error ? strerror(error) : "closed the connection");
 }
 
-// The certificate itself was judged in the handshake. true: nothing else is wrong either.
-bool Connection::verified() {
+// The certificate was judged in the handshake. Is all else right too?
+Connection::Stage Connection::verify() {
     const uint8_t* alpn = nullptr;
     unsigned size = 0;
-    SSL_get0_alpn_selected(ssl_.get(), &alpn, &size);
-    if (size != 0 && std::string(alpn, alpn + size) != "dot") return false;
-    upstream_.group = int(SSL_get_negotiated_group(ssl_.get()));
-    return SSL_get_verify_result(ssl_.get()) == X509_V_OK && SSL_get0_peer_certificate(ssl_.get());
+    SSL_get0_alpn_selected(ssl.get(), &alpn, &size);
+    if (size != 0 && std::string(alpn, alpn + size) != "dot")
+        return fail("chose a protocol other than DNS over TLS");
+    const X509* certificate = SSL_get0_peer_certificate(ssl.get());
+    if (SSL_get_verify_result(ssl.get()) != X509_V_OK || !certificate)
+        return fail("certificate was not verified");
+    verified = true;
+    upstream.group = int(SSL_get_negotiated_group(ssl.get()));
+    upstream.succeeded();
+    tm until{};
+    ASN1_TIME_to_tm(X509_get0_notAfter(certificate), &until);
+    tell(4, text("%s, %s verified, certificate valid until %d-%02d-%02d", how().c_str(),
+                 upstream.name.c_str(), until.tm_year + 1900, until.tm_mon + 1, until.tm_mday));
+    return stage = Idle;
 }
 
 Connection::Stage Connection::advance() {
     ERR_clear_error();
-    if (stage_ == Stage::Connect) {
-        pollfd connected{fd(), POLLOUT, 0};
-        if (poll(&connected, 1, 0) == 0) return stage_;
-        stage_ = Stage::Handshake;
+    int result = 1;
+    if (stage == Connect) {
+        pollfd connected{fd.number, POLLOUT, 0};
+        if (poll(&connected, 1, 0) == 1) stage = Handshake;
     }
-    if (stage_ == Stage::Handshake) {  // [4]
-        const int result = SSL_do_handshake(ssl_.get());
-        if (result != 1) return again(result);
-        if (!verified()) return fail("chose a protocol that is not DNS over TLS");
-        dialling_ = false;
-        stage_ = Stage::Idle;
+    if (stage == Handshake) {  // [4]
+        if ((result = SSL_do_handshake(ssl.get())) != 1) return again(result);
+        verify();
     }
-    if (stage_ == Stage::Idle && !out_.empty()) stage_ = Stage::Send;
-    if (stage_ == Stage::Send) {  // [5] RFC 7858 3.3: length and message together, in one record
-        const int result = SSL_write(ssl_.get(), out_.data(), int(out_.size()));
-        if (result <= 0) return again(result);
-#ifdef TCP_QUICKACK  // Linux. Else the tickets' acknowledgement, and with it the answer, is 40 ms late
-        const int one = 1;
-        setsockopt(fd(), IPPROTO_TCP, TCP_QUICKACK, &one, sizeof one);
-#endif
-        in_.resize(2);
-        stage_ = Stage::Read;
+    if (stage == Idle && !out_.empty()) stage = Send;
+    if (stage == Send) {  // [5] RFC 7858 3.3: length and message together, in one record
+        if ((result = SSL_write(ssl.get(), out_.data(), int(out_.size()))) <= 0) return again(result);
+        const int one = 1;  // else what acknowledges the tickets, and with it the answer, is 40 ms late
+        setsockopt(fd.number, IPPROTO_TCP, TCP_QUICKACK, &one, sizeof one);
+        tell(5, text("2 + %zu octets in one record", out_.size() - 2));
+        stage = Read;
     }
-    while (stage_ == Stage::Read) {  // [6]
-        const int result = SSL_read(ssl_.get(), in_.data() + have_, int(in_.size() - have_));
-        if (result <= 0) return again(result);
+    while (stage == Read) {  // [6]
+        uint8_t* const into = have_ < 2 ? length_ + have_ : in.data() + have_ - 2;
+        const size_t rest = have_ < 2 ? 2 - have_ : in.size() + 2 - have_;
+        if ((result = SSL_read(ssl.get(), into, int(rest))) <= 0) return again(result);
         have_ += size_t(result);
-        if (have_ == 2) in_.resize(2 + u16(in_, 0));
-        if (have_ == in_.size()) stage_ = Stage::Done;
+        if (have_ == 2) in.resize(size_t(length_[0] << 8 | length_[1]));
+        if (have_ >= 2 && have_ == in.size() + 2) stage = Done;
     }
-    return stage_;
+    if (stage == Done) tell(6, text("2 + %zu octets", in.size()));
+    return stage;
 }
 
-void Connection::send(const Bytes& message) { out_ = frame(message); }
-
-Bytes Connection::answer() const { return Bytes(in_.begin() + 2, in_.end()); }
+void Connection::send(const Query& query, const Bytes& message) {
+    query_ = &query;
+    out_ = frame(message);
+}
 
 std::string Connection::how() const {
-    return text("%s %s", SSL_get_version(ssl_.get()),
-                SSL_session_reused(ssl_.get()) ? "resumed" : "full");
+    return text("%s %s dialled", SSL_get_version(ssl.get()),
+                SSL_session_reused(ssl.get()) ? "resumed" : "full");
 }
 
 std::string Connection::trouble() const {
-    switch (stage_) {
-        case Stage::Connect: return "no TCP connection in time";
-        case Stage::Handshake: return "TLS handshake not finished in time";
-        case Stage::Failed: return why_;
-        default: return have_ ? "answer not complete in time" : "no answer in time";
-    }
-}
-
-std::string Connection::certificate() const {
-    tm until{};
-    char day[16] = "?";
-    ASN1_TIME_to_tm(X509_get0_notAfter(SSL_get0_peer_certificate(ssl_.get())), &until);
-    strftime(day, sizeof day, "%Y-%m-%d", &until);
-    return day;
+    return upstream.address.str() + " " +
+           (stage == Failed      ? why_
+            : stage == Connect   ? "no TCP connection in time"
+            : stage == Handshake ? "TLS handshake not finished in time"
+                                 : "no whole answer in time");
 }
 
 // ---- The whole way -----------------------------------------------------------------------------
 
 constexpr int most_tries = 3;  // RFC 9520 3.1
 
-Resolver::Resolver(Ctx ctx, Upstreams upstreams, size_t max_udp)
-    : ctx_(std::move(ctx)), upstreams_(std::move(upstreams)), max_udp_(max_udp) {}
-
 // Whom to ask next: the first in the user's order that is well, rather not the one asked last.
 Upstream* Resolver::choose(Upstream* last) {
-    Upstream* again = nullptr;
-    for (auto& upstream : upstreams_) {
-        if (upstream.get() == last) {
-            again = last;
-            continue;
-        }
-        if (upstream->available(Clock::now())) return upstream.get();
-    }
-    return again && again->available(Clock::now()) ? again : nullptr;
-}
-
-// Takes a try one step on and tells of it. true: it ended, with `outcome` good or not.
-bool Resolver::follow(const Query& query, Connection& connection, Outcome& outcome) {
-    using Stage = Connection::Stage;
-    const Stage before = connection.stage(), after = connection.advance();
-    const std::string whom = connection.upstream().address.str();
-    if (before < Stage::Idle && after >= Stage::Idle && after != Stage::Failed) {
-        connection.upstream().succeeded();
-        query.tell(4, whom + " dialled, " + connection.how() + ", name " +
-                          connection.upstream().name + " verified, certificate valid until " +
-                          connection.certificate());
-    }
-    if (before < Stage::Read && after >= Stage::Read && after != Stage::Failed)
-        query.tell(5, "length and message written in one record to " + whom);
-    if (after != Stage::Done && after != Stage::Failed) return false;
-    if (after == Stage::Failed) {
-        outcome.detail = whom + " " + connection.trouble();
-        query.tell(before < Stage::Idle ? 4 : before < Stage::Read ? 5 : 6, outcome.detail);
-        if (connection.dial_failed()) connection.upstream().failed(Clock::now());
-        return true;
-    }
-    const Bytes answer = connection.answer();
-    const Layout layout = parse(answer);
-    query.tell(6, text("2 + %zu octets from %s", answer.size(), whom.c_str()));
-    query.show("answer over TLS", answer);
-    std::optional<Bytes> clean;
-    if (matches(query, answer, layout)) clean = unpad(query, answer, layout);
-    outcome.good = clean.has_value();
-    outcome.detail = clean ? connection.upstream().name + " " + connection.how() + " dialled"
-                           : whom + " sent what is not an answer to this query";
-    if (clean) outcome.octets = std::move(*clean);
-    query.tell(7, clean ? text("it matches; %zu -> %zu octets", answer.size(), outcome.octets.size())
-                        : outcome.detail);
-    return true;
+    const Time now = Clock::now();
+    for (auto& upstream : upstreams_)
+        if (upstream.get() != last && upstream->available(now)) return upstream.get();
+    return last && last->available(now) ? last : nullptr;
 }
 
 // [4]-[7] The first good answer of any upstream, or why there is none.
 Outcome Resolver::ask(const Query& query, const Bytes& message) {
     Outcome outcome;
-    Tries tries;
-    Upstream* last = nullptr;
     outcome.detail = "every upstream failed a moment ago";
-    for (int started = 0; !outcome.good;) {
-        if (tries.empty()) {
-            Upstream* upstream = started++ < most_tries ? choose(last) : nullptr;
-            if (!upstream) return outcome;
-            last = upstream;
-            tries.push_back(std::make_unique<Connection>(ctx_.get(), *upstream));
-            tries.back()->send(message);
+    Upstream* last = nullptr;
+    for (int tries = 0; tries < most_tries && (last = choose(last)); tries++) {
+        Connection one(ctx_.get(), *last);
+        one.send(query, message);
+        while (one.advance() < Connection::Done && Clock::now() < query.deadline) {
+            pollfd waiting{one.fd.number, one.events, 0};
+            poll(&waiting, 1, time_left(query.deadline));
         }
-        std::vector<pollfd> waiting;
-        for (auto& one : tries) waiting.push_back({one->fd(), one->events(), 0});
-        poll(waiting.data(), waiting.size(), time_left(query.deadline));
-        if (Clock::now() >= query.deadline) {
-            outcome.detail = last->address.str() + " " + tries.back()->trouble();
-            if (tries.back()->dial_failed()) last->failed(Clock::now());
-            return outcome;
+        if (one.stage != Connection::Done) {
+            outcome.detail = one.trouble();
+            if (!one.verified && !one.local) last->failed(Clock::now());
+            if (Clock::now() >= query.deadline) break;
+            continue;
         }
-        tries.erase(std::remove_if(tries.begin(), tries.end(),
-                                   [&](auto& one) { return follow(query, *one, outcome); }),
-                    tries.end());
+        const Layout layout = parse(one.in);
+        query.show("answer over TLS", one.in);
+        std::optional<Bytes> clean;
+        if (matches(query, one.in, layout)) clean = unpad(query, one.in, layout);
+        outcome.detail = clean ? last->name + " " + one.how()
+                               : last->address.str() + " sent what is no answer to this query";
+        query.tell(7, clean ? text("it matches; %zu -> %zu octets", one.in.size(), clean->size())
+                            : outcome.detail);
+        if (clean) return {std::move(*clean), true, outcome.detail};
     }
     return outcome;
 }
 
 Outcome Resolver::resolve(const Query& query) {
-    const Bytes message = pad(query);
+    const Bytes message = pad(query);  // [3]
     query.tell(3, text("%zu -> %zu octets", query.octets.size(), message.size()));
     query.show("query over TLS", message);
     Outcome outcome = ask(query, message);
     if (!outcome.good) outcome.octets = reply(query, SERVFAIL, 23);  // EDE: Network Error
     const size_t whole = outcome.octets.size();
-    if (!query.tcp) outcome.octets = cut(query, outcome.octets, udp_limit(query, max_udp_));
-    query.tell(8, text("%s, %zu octets%s", rcode_name(outcome.octets[3] & 15).c_str(),
-                       outcome.octets.size(), outcome.octets.size() < whole ? ", cut, TC set" : ""));
+    if (!query.tcp) outcome.octets = cut(query, outcome.octets, udp_limit(query, max_udp_));  // [8]
+    const size_t size = outcome.octets.size();
+    query.tell(8, text("%s, %zu octets%s", rcode_name(outcome.octets[3] & 15).c_str(), size,
+                       size < whole ? ", cut, TC set" : ""));
     query.show("answer", outcome.octets);
     return outcome;
 }

@@ -25,13 +25,11 @@
 
 #include <netinet/in.h>
 #include <openssl/ssl.h>
-#include <sys/socket.h>
 
 #include <array>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
-#include <cstdint>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -68,15 +66,22 @@ constexpr size_t header_size = 12;       // RFC 1035 4.1.1
 constexpr size_t longest_message = 65535;  // two octets of length, RFC 1035 4.2.2
 constexpr size_t padding_block = 128;    // RFC 8467 4.1
 
+// One entry of a section, from its name at `start` over its type at `type_at` to its `end`.
+struct Record {
+    size_t start, type_at, end;
+    int section;  // 0: question, 1: answer, 2: authority, 3: additional
+};
+
 // Where the parts of a message are. Positions count octets from the message's start.
 struct Layout {
     const char* fault = nullptr;  // why it does not parse; nullptr: it does
+    std::vector<Record> records;  // up to the fault, if there is one
     size_t question_end = header_size;
     size_t opt = 0, opt_end = 0;  // the OPT record; 0: it has none
-    size_t end = 0;               // behind the last record counted: less than the size if more follows
+    size_t end = header_size;     // of the last record; the message may go on behind it
     bool edns = false;            // an OPT was seen, even if a faulty one
     bool dnssec_ok = false;       // its DO bit
-    uint16_t udp_size = 512;      // the longest UDP answer its sender takes
+    size_t udp_size = 512;        // the longest UDP answer its sender takes
     bool is_signed = false;       // ends in TSIG (RFC 8945) or SIG(0) (RFC 2931)
 };
 Layout parse(const Bytes& message);
@@ -88,7 +93,7 @@ struct Query {
     bool tcp = false;
     int verbosity = 0;  // 0: say nothing, 1: the story of the eight steps, 2: the octets too
     unsigned number = 0;  // tells the lines of concurrent queries apart
-    Time taken, deadline;
+    Time taken = Clock::now(), deadline = Time::max();
 
     int type() const;  // of the question; 0: there is none
     // Prints a line of the story.
@@ -222,41 +227,37 @@ Ctx tls_context(const std::string& ca_file);
 
 // [4]-[6] One TCP and TLS connection, used by one thread at a time. Its socket does not block, so
 // that every wait is a poll(2) with the query's deadline, and one thread can wait for several.
-class Connection {
-public:
+struct Connection {
     Connection(SSL_CTX* ctx, Upstream& upstream);  // begins to connect
     ~Connection();                                 // close_notify, then close
 
     // In the order in which they come. Idle: verified, and nothing to send yet.
-    enum class Stage { Connect, Handshake, Idle, Send, Read, Done, Failed };
+    enum Stage { Connect, Handshake, Idle, Send, Read, Done, Failed };
     // Goes on as far as it can without waiting, to Idle, Done or Failed at most.
     Stage advance();
-    void send(const Bytes& message);  // once; it leaves in a frame when the connection is Idle
-    Stage stage() const { return stage_; }
-    int fd() const { return fd_.number; }
-    short events() const { return events_; }  // what advance() waits for, as of poll(2)
-    Upstream& upstream() const { return upstream_; }
-    Bytes answer() const;             // when Done
-    std::string how() const;          // "TLSv1.3 resumed", once past Handshake
-    std::string trouble() const;      // why it Failed, or what it still waits for
-    std::string certificate() const;  // until when it is valid, for the story
-    // Whether the other end refused, hung, or could not prove who it is.
-    bool dial_failed() const { return dialling_ && !local_; }
+    void send(const Query& query, const Bytes& message);  // once; `query` must outlive this
+    std::string how() const;      // "TLSv1.3 resumed dialled", once Idle
+    std::string trouble() const;  // "1.1.1.1@853 certificate has expired": why it Failed, or is late
+
+    Upstream& upstream;
+    const Fd fd;
+    const Ssl ssl;
+    Stage stage = Connect;
+    short events = 0;       // what advance() waits for, as of poll(2)
+    bool verified = false;  // the other end proved who it is
+    bool local = false;     // it failed for want of something here
+    Bytes in;               // the answer, when Done
 
 private:
     Stage fail(const std::string& why);
     Stage again(int result);  // after an OpenSSL call that did not succeed
-    bool verified();
+    Stage verify();
+    void tell(int step, const std::string& what) const;
 
-    Upstream& upstream_;
-    Fd fd_;
-    Ssl ssl_;
-    Stage stage_ = Stage::Connect;
-    short events_ = 0;
-    bool dialling_ = true;  // not yet past Handshake
-    bool local_ = false;    // it failed for want of something here
-    Bytes out_, in_;
-    size_t have_ = 0;  // octets of in_
+    const Query* query_ = nullptr;
+    Bytes out_;
+    size_t have_ = 0;  // octets of the length and of `in`
+    uint8_t length_[2];
     std::string why_;
 };
 
@@ -271,13 +272,12 @@ struct Outcome {
 // Steps [3] to [8] of every query. Many threads may call it at once.
 class Resolver {
 public:
-    Resolver(Ctx ctx, Upstreams upstreams, size_t max_udp);
+    Resolver(Ctx ctx, Upstreams upstreams, size_t max_udp)
+        : ctx_(std::move(ctx)), upstreams_(std::move(upstreams)), max_udp_(max_udp) {}
     Outcome resolve(const Query& query);
 
 private:
-    using Tries = std::vector<std::unique_ptr<Connection>>;
     Upstream* choose(Upstream* last);
-    bool follow(const Query& query, Connection& connection, Outcome& outcome);
     Outcome ask(const Query& query, const Bytes& message);
 
     const Ctx ctx_;

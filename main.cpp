@@ -31,7 +31,7 @@ struct Settings {
     std::vector<std::string> listen{"127.0.0.1", "::1"}, upstreams{"cloudflare"};
     std::string ca;
     int queries = 512, timeout = 4000, max_udp = 1232;
-    bool listen_given = false, quiet = false;
+    bool quiet = false;
     int verbosity = 0;
 };
 
@@ -78,8 +78,7 @@ static std::optional<Settings> parse_options(int argc, char** argv) {
         }
     }
     if (optind < argc) throw BadOption(text("unexpected argument '%s'", argv[optind]));
-    s.listen_given = !listen.empty();
-    if (s.listen_given) s.listen = listen;
+    if (!listen.empty()) s.listen = listen;
     if (!upstreams.empty()) s.upstreams = upstreams;
     return s;
 }
@@ -130,26 +129,11 @@ struct Turn {
     std::shared_ptr<Slots> slot;
 };
 
-class Server {
-public:
-    Server(const Settings& settings, Ctx ctx, Upstreams upstreams)
-        : settings_(settings), queries_(settings.queries),
-          resolver_(std::move(ctx), std::move(upstreams), size_t(settings.max_udp)) {}
-    [[noreturn]] void serve_udp(int fd);
-    [[noreturn]] void serve_tcp(int listener);
-    void print_totals();
-    void stop();  // returns when no query is in flight, or after the time of grace
-
-private:
-    void take(Bytes octets, bool tcp, const Send& send);
-    void serve_client(const std::shared_ptr<TcpClient>& client);
-    void finish(const Query& query, const Send& send, const Outcome& outcome);
-
-    const Settings settings_;
-    Slots queries_, clients_{most_clients};
-    Resolver resolver_;
-    std::atomic<bool> stopping_{false};
-    std::atomic<unsigned> taken_{0}, udp_{0}, tcp_{0}, good_{0}, bad_{0};
+// Where a UDP query came from, and in `control` which of our addresses it asked.
+struct Sender {
+    sockaddr_storage address;
+    alignas(cmsghdr) char control[64];
+    msghdr header;
 };
 
 // Runs `work` in a thread of its own. false: the system has no room for one more.
@@ -169,109 +153,117 @@ static bool detach(Work work) {
     }
 }
 
-void Server::finish(const Query& query, const Send& send, const Outcome& outcome) {
-    send(outcome.octets);
-    ++(outcome.good ? good_ : bad_);
-    if (settings_.quiet) return;
-    say(text("%s %s %s %s %zu octets %.1f ms%s %s", outcome.good ? "SUCCESS" : "FAILURE",
-             query.tcp ? "tcp" : "udp", type_name(query.type()).c_str(),
-             rcode_name(outcome.octets[3] & 15).c_str(), outcome.octets.size(),
-             ms(Clock::now() - query.taken), outcome.good ? "" : ":", outcome.detail.c_str()));
-}
+class Server {
+public:
+    Server(const Settings& settings, Ctx ctx, Upstreams upstreams)
+        : settings_(settings), queries_(settings.queries),
+          resolver_(std::move(ctx), std::move(upstreams), size_t(settings.max_udp)) {}
 
-// [1] and [2] in the thread that received the query; the other steps in one of their own.
-void Server::take(Bytes octets, bool tcp, const Send& send) {
-    if (stopping_) return;
-    ++(tcp ? tcp_ : udp_);
-    auto query = std::make_shared<Query>();
-    query->layout = parse(octets);
-    query->octets = std::move(octets);
-    query->tcp = tcp;
-    query->verbosity = settings_.verbosity;
-    query->number = ++taken_;
-    query->taken = Clock::now();
-    query->deadline = query->taken + milliseconds(settings_.timeout);
-    query->tell(1, text("%zu octets over %s", query->octets.size(), tcp ? "TCP" : "UDP"));
-    query->show("query", query->octets);
-    const Verdict verdict = judge(*query);
-    query->tell(2, verdict.why);
-    if (verdict.action == Verdict::Silence) return;
-    if (verdict.action == Verdict::Answer)
-        return finish(*query, send, {reply(*query, verdict.rcode), false, verdict.why});
-    // A TCP client can wait, and then sends no more. A UDP query is never silently lost.
-    Slots::Permit permit = queries_.take(tcp ? query->deadline : Time{});
-    const bool started = permit && detach([this, query, send, permit = std::move(permit)] {
-        finish(*query, send, resolver_.resolve(*query));
-    });
-    if (!started)
-        finish(*query, send, {reply(*query, SERVFAIL, 0), false, "too many queries in flight"});
-}
-
-void Server::serve_udp(int fd) {
-    Bytes buffer(longest_message);
-    for (;;) {
-        struct Sender {
-            sockaddr_storage address;
-            alignas(cmsghdr) char control[64];  // which of our addresses was asked
-            msghdr header;
-        };
-        auto sender = std::make_shared<Sender>();
-        iovec octets{buffer.data(), buffer.size()};
-        sender->header = {&sender->address, sizeof sender->address, &octets, 1,
-                          sender->control, sizeof sender->control, 0};
-        const ssize_t size = recvmsg(fd, &sender->header, 0);
-        if (size < 0) continue;  // an ICMP error for an answer sent before; nothing to do
-        take(Bytes(buffer.begin(), buffer.begin() + size), false, [fd, sender](const Bytes& answer) {
-            iovec octets{const_cast<uint8_t*>(answer.data()), answer.size()};
-            msghdr header = sender->header;
-            header.msg_iov = &octets;
-            // A full buffer or a client that is gone: UDP may lose an answer, and the client asks again.
-            (void)!sendmsg(fd, &header, MSG_DONTWAIT);
-        });
-    }
-}
-
-void Server::serve_client(const std::shared_ptr<TcpClient>& client) {
-    while (auto message = read_frame(client->fd.number, Clock::now() + idle_limit)) {
-        if (message->size() < header_size) return;  // this stream is out of step
-        const Turn turn{client, client->in_flight.take(Time::max())};
-        take(std::move(*message), true, [turn](const Bytes& answer) {
-            const Bytes framed = frame(answer);
-            std::lock_guard lock(turn.client->writing);
-            const int fd = turn.client->fd.number;
-            if (send(fd, framed.data(), framed.size(), MSG_NOSIGNAL) != ssize_t(framed.size()))
-                shutdown(fd, SHUT_RDWR);  // gone, or it does not read: the stream is of no more use
-        });
-    }
-}
-
-void Server::serve_tcp(int listener) {
-    for (;;) {
-        Slots::Permit permit = clients_.take(Time::max());  // until then they wait in the backlog
-        const int fd = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC);
-        if (fd < 0) {  // out of open files, say: others will be closed
-            std::this_thread::sleep_for(milliseconds(20));
-            continue;
+    [[noreturn]] void serve_udp(int fd) {
+        Bytes buffer(longest_message);
+        for (;;) {
+            auto sender = std::make_shared<Sender>();
+            iovec octets{buffer.data(), buffer.size()};
+            sender->header = {&sender->address, sizeof sender->address, &octets, 1,
+                              sender->control, sizeof sender->control, 0};
+            const ssize_t size = recvmsg(fd, &sender->header, 0);
+            if (size < 0) continue;  // an ICMP error for an answer sent before; nothing to do
+            take({buffer.begin(), buffer.begin() + size}, false, [fd, sender](Bytes answer) {
+                iovec octets{answer.data(), answer.size()};
+                msghdr header = sender->header;
+                header.msg_iov = &octets;
+                // UDP may lose an answer, as when a buffer is full: the client asks again.
+                (void)!sendmsg(fd, &header, MSG_DONTWAIT);
+            });
         }
-        auto client = std::make_shared<TcpClient>(fd, std::move(permit));
-        const int one = 1;
-        const timeval limit{idle_limit.count(), 0};
-        setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
-        setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
-        detach([this, client] { serve_client(client); });
     }
-}
 
-void Server::print_totals() {
-    say(text("TOTALS udp=%u tcp=%u success=%u failure=%u", udp_.load(), tcp_.load(), good_.load(),
-             bad_.load()));
-}
+    [[noreturn]] void serve_tcp(int listener) {
+        for (;;) {
+            Slots::Permit permit = clients_.take(Time::max());  // until then they wait in the backlog
+            const int fd = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC);
+            if (fd < 0) {  // out of open files, say: others will be closed
+                std::this_thread::sleep_for(milliseconds(20));
+                continue;
+            }
+            auto client = std::make_shared<TcpClient>(fd, std::move(permit));
+            const int one = 1;
+            const timeval limit{idle_limit.count(), 0};  // for one whole send()
+            setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+            setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
+            detach([this, client] { serve_client(client); });
+        }
+    }
 
-void Server::stop() {
-    stopping_ = true;
-    queries_.all_free(Clock::now() + grace);
-    print_totals();
-}
+    void print_totals() {
+        say(text("TOTALS udp=%u tcp=%u success=%u failure=%u", udp_.load(), tcp_.load(),
+                 good_.load(), bad_.load()));
+    }
+
+    // Returns when no query is in flight, or after the time of grace.
+    void stop() {
+        stopping_ = true;
+        queries_.all_free(Clock::now() + grace);
+        print_totals();
+    }
+
+private:
+    void serve_client(const std::shared_ptr<TcpClient>& client) {
+        while (auto message = read_frame(client->fd.number, Clock::now() + idle_limit)) {
+            if (message->size() < header_size) return;  // this stream is out of step
+            const Turn turn{client, client->in_flight.take(Time::max())};
+            take(std::move(*message), true, [turn](const Bytes& answer) {
+                const Bytes framed = frame(answer);
+                std::lock_guard lock(turn.client->writing);
+                const int fd = turn.client->fd.number;
+                if (send(fd, framed.data(), framed.size(), MSG_NOSIGNAL) != ssize_t(framed.size()))
+                    shutdown(fd, SHUT_RDWR);  // gone, or it does not read: this stream is cut
+            });
+        }
+    }
+
+    // [1] and [2] in the thread that received the query; the other steps in one of their own.
+    void take(Bytes octets, bool tcp, const Send& send) {
+        if (stopping_) return;
+        ++(tcp ? tcp_ : udp_);
+        auto query = std::make_shared<Query>();
+        query->layout = parse(octets);
+        query->octets = std::move(octets);
+        query->tcp = tcp;
+        query->verbosity = settings_.verbosity;
+        query->number = ++taken_;
+        query->deadline = query->taken + milliseconds(settings_.timeout);
+        query->tell(1, text("%zu octets over %s", query->octets.size(), tcp ? "TCP" : "UDP"));
+        query->show("query", query->octets);
+        const Verdict verdict = judge(*query);
+        query->tell(2, verdict.why);
+        if (verdict.action == Verdict::Silence) return;
+        if (verdict.action == Verdict::Answer)
+            return finish(*query, send, {reply(*query, verdict.rcode), false, verdict.why});
+        // A TCP client can wait, and then sends no more. A UDP query is never silently lost.
+        Slots::Permit permit = queries_.take(tcp ? query->deadline : Time{});
+        if (!permit || !detach([this, query, send, permit = std::move(permit)] {
+                finish(*query, send, resolver_.resolve(*query));
+            }))
+            finish(*query, send, {reply(*query, SERVFAIL, 0), false, "too many queries in flight"});
+    }
+
+    void finish(const Query& query, const Send& send, const Outcome& outcome) {
+        send(outcome.octets);
+        ++(outcome.good ? good_ : bad_);
+        if (settings_.quiet) return;
+        say(text("%s %s %s %s %zu octets %.1f ms%s %s", outcome.good ? "SUCCESS" : "FAILURE",
+                 query.tcp ? "tcp" : "udp", type_name(query.type()).c_str(),
+                 rcode_name(outcome.octets[3] & 15).c_str(), outcome.octets.size(),
+                 ms(Clock::now() - query.taken), outcome.good ? "" : ":", outcome.detail.c_str()));
+    }
+
+    const Settings settings_;
+    Slots queries_, clients_{most_clients};
+    Resolver resolver_;
+    std::atomic<bool> stopping_{false};
+    std::atomic<unsigned> taken_{0}, udp_{0}, tcp_{0}, good_{0}, bad_{0};
+};
 
 // ---- main --------------------------------------------------------------------------------------
 
