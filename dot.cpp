@@ -17,6 +17,7 @@
 #include <cstdarg>
 #include <cstring>
 #include <regex>
+#include <thread>
 
 namespace dot {
 
@@ -389,7 +390,8 @@ void Slots::give() {
 
 // ---- Upstreams ---------------------------------------------------------------------------------
 
-constexpr size_t most_tickets = 128;
+constexpr size_t most_tickets = 128, warm_stock = 2;
+constexpr seconds warm_time{300};          // after the last query
 constexpr seconds longest_rest{300};       // RFC 9520 3.2: a failure is remembered 5 min at most
 constexpr long oldest_ticket = 7 * 86400;  // seconds, RFC 8446 4.6.1
 
@@ -401,16 +403,38 @@ bool Upstream::available(Time now) {
     return true;
 }
 
-void Upstream::succeeded() {
+void Upstream::failed(Time now) {
     std::lock_guard lock(mutex_);
-    failures_ = 0;
+    if (failures_ > 0 && now < rest_until_ - seconds(1)) return;  // known already
+    rest_until_ = now + std::min(longest_rest, seconds(1 << std::min(failures_, 9)));
+    failures_++;
 }
 
-bool Upstream::failed(Time now) {
+void Upstream::silent(Time now) {
+    {
+        std::lock_guard lock(mutex_);
+        if (++silences_ < 3) return;
+    }
+    failed(now);
+}
+
+void Upstream::answered(Time now, Time asked) {
     std::lock_guard lock(mutex_);
-    if (failures_ > 0 && now < rest_until_ - seconds(1)) return false;  // known already
-    rest_until_ = now + std::min(longest_rest, seconds(1 << std::min(failures_, 9)));
-    return failures_++ == 0;
+    failures_ = silences_ = 0;
+    answered_ = now;
+    const auto took = now - asked;  // one slow answer must not spoil the average
+    usual_ = usual_.count() ? usual_ + (std::min(took, 2 * usual_) - usual_) / 8 : took;
+}
+
+Time Upstream::last_answer() {
+    std::lock_guard lock(mutex_);
+    return answered_;
+}
+
+Time Upstream::patience(Time now, bool ready) {
+    std::lock_guard lock(mutex_);
+    if (!usual_.count()) return now + milliseconds(250);  // RFC 8305 5
+    return now + std::max<Clock::duration>(ready ? usual_ * 3 / 2 : usual_ * 5, milliseconds(10));
 }
 
 void Upstream::keep(Session ticket) {
@@ -424,9 +448,68 @@ Session Upstream::ticket() {
     while (!tickets_.empty()) {
         Session newest = std::move(tickets_.back());
         tickets_.pop_back();
-        if (time(nullptr) - SSL_SESSION_get_time(newest.get()) < oldest_ticket) return newest;
+        if (time(nullptr) - SSL_SESSION_get_time(newest.get()) >= oldest_ticket) continue;
+        // TLS 1.2 shows its ticket to every observer anyway, and seldom gives a new one.
+        if (SSL_SESSION_get_protocol_version(newest.get()) < TLS1_3_VERSION &&
+            SSL_SESSION_up_ref(newest.get()))
+            tickets_.emplace_back(newest.get());
+        return newest;
     }
     return nullptr;
+}
+
+// ---- Ready connections -------------------------------------------------------------------------
+// A thread that has answered opens the next connection and parks it: a query still has one that
+// nobody used before, and waits for one round trip. The number parked follows the load.
+
+Upstream::~Upstream() = default;
+
+std::unique_ptr<Connection> Upstream::oldest() {
+    std::lock_guard lock(mutex_);
+    if (parked_.empty()) return nullptr;
+    auto first = std::move(parked_.front());
+    parked_.pop_front();
+    return first;
+}
+
+std::unique_ptr<Connection> Upstream::take(Time now) {
+    std::unique_ptr<Connection> first;
+    while ((first = oldest()) && !first->alive()) {
+    }
+    std::lock_guard lock(mutex_);
+    asked_ = now;
+    return first;
+}
+
+bool Upstream::reserve(size_t most) {
+    std::lock_guard lock(mutex_);
+    if (parked_.size() + opening_ >= most) return false;
+    ++opening_;
+    return true;
+}
+
+void Upstream::park(std::unique_ptr<Connection> connection) {
+    std::lock_guard lock(mutex_);
+    --opening_;
+    if (connection) parked_.push_back(std::move(connection));
+}
+
+bool Upstream::tend(Time now) {
+    while (auto first = oldest()) {
+        const auto age = now - first->since;
+        const bool alive = first->alive();
+        std::lock_guard lock(mutex_);
+        const bool enough = parked_.size() >= warm_stock && now - asked_ > seconds(5);
+        if (alive && age < idle_limit_ && !enough) {
+            parked_.push_front(std::move(first));
+            break;
+        }
+        // Closed by the other end: this is its limit. Not closed: it may be longer, so try.
+        if (!alive && age > seconds(1)) idle_limit_ = std::max<Clock::duration>(age * 4 / 5, seconds(1));
+        if (alive && age >= idle_limit_) idle_limit_ = std::min<Clock::duration>(idle_limit_ * 6 / 5, seconds(25));
+    }
+    std::lock_guard lock(mutex_);
+    return now - asked_ < warm_time && parked_.size() + opening_ < warm_stock && failures_ == 0;
 }
 
 void add_upstream(Upstreams& to, const std::string& from) {
@@ -586,8 +669,8 @@ Connection::Stage Connection::verify() {
     if (SSL_get_verify_result(ssl.get()) != X509_V_OK || !certificate)
         return fail("certificate was not verified");
     verified = true;
+    since = Clock::now();
     upstream.group = int(SSL_get_negotiated_group(ssl.get()));
-    upstream.succeeded();
     tm until{};
     ASN1_TIME_to_tm(X509_get0_notAfter(certificate), &until);
     tell(4, text("%s, %s verified, certificate valid until %d-%02d-%02d", how().c_str(),
@@ -611,6 +694,7 @@ Connection::Stage Connection::advance() {
         if ((result = SSL_write(ssl.get(), out_.data(), int(out_.size()))) <= 0) return again(result);
         const int one = 1;  // else what acknowledges the tickets, and with it the answer, is 40 ms late
         setsockopt(fd.number, IPPROTO_TCP, TCP_QUICKACK, &one, sizeof one);
+        since = Clock::now();
         tell(5, text("2 + %zu octets in one record", out_.size() - 2));
         stage = Read;
     }
@@ -628,12 +712,28 @@ Connection::Stage Connection::advance() {
 
 void Connection::send(const Query& query, const Bytes& message) {
     query_ = &query;
+    ready = stage == Idle;
     out_ = frame(message);
+    if (ready) tell(4, how() + ", " + upstream.name + " was verified before");
+}
+
+void Connection::rest() {
+    query_ = nullptr;
+    out_.clear();
+    have_ = 0;
+    stage = Idle;
+    since = Clock::now();
+}
+
+bool Connection::alive() {
+    uint8_t octet;
+    ERR_clear_error();  // this also reads the tickets that have come
+    return SSL_get_error(ssl.get(), SSL_peek(ssl.get(), &octet, 1)) == SSL_ERROR_WANT_READ;
 }
 
 std::string Connection::how() const {
-    return text("%s %s dialled", SSL_get_version(ssl.get()),
-                SSL_session_reused(ssl.get()) ? "resumed" : "full");
+    return text("%s %s %s", SSL_get_version(ssl.get()),
+                SSL_session_reused(ssl.get()) ? "resumed" : "full", ready ? "ready" : "dialled");
 }
 
 std::string Connection::trouble() const {
@@ -646,55 +746,130 @@ std::string Connection::trouble() const {
 
 // ---- The whole way -----------------------------------------------------------------------------
 
-constexpr int most_tries = 3;  // RFC 9520 3.1
+constexpr size_t most_tries = 3;  // RFC 9520 3.1
 
 // Whom to ask next: the first in the user's order that is well, rather not the one asked last.
-Upstream* Resolver::choose(Upstream* last) {
+Upstream* Resolver::choose(const Upstream* last) {
     const Time now = Clock::now();
-    for (auto& upstream : upstreams_)
-        if (upstream.get() != last && upstream->available(now)) return upstream.get();
-    return last && last->available(now) ? last : nullptr;
+    Upstream* again = nullptr;
+    for (auto& upstream : upstreams_) {
+        if (upstream.get() == last) again = upstream.get();
+        else if (upstream->available(now)) return upstream.get();
+    }
+    return again && again->available(now) ? again : nullptr;
 }
 
-// [4]-[7] The first good answer of any upstream, or why there is none.
-Outcome Resolver::ask(const Query& query, const Bytes& message) {
-    Outcome outcome;
-    outcome.detail = "every upstream failed a moment ago";
+// One query in ten may be raced, beyond a burst: a resolver that is slow is not asked twice as much.
+bool Resolver::may_race() {
+    if (race_budget_.fetch_sub(race_price) >= race_price) return true;
+    race_budget_ += race_price;
+    return false;
+}
+
+// Takes a try as far as it goes. true: it ended, and the outcome is good or says why it is not.
+bool Resolver::ended(const Query& query, Connection& one, Outcome& outcome) {
+    one.advance();
+    if (one.stage == Connection::Failed && !one.verified && !one.local)
+        one.upstream.failed(Clock::now());
+    if (one.stage == Connection::Failed) outcome.detail = one.trouble();
+    if (one.stage != Connection::Done) return one.stage == Connection::Failed;
+    const Layout layout = parse(one.in);
+    query.show("answer over TLS", one.in);
+    std::optional<Bytes> clean;
+    if (matches(query, one.in, layout)) clean = unpad(query, one.in, layout);
+    outcome.good = clean.has_value();
+    outcome.detail = clean ? one.upstream.name + " " + one.how()
+                           : one.upstream.address.str() + " sent what is no answer to this query";
+    if (clean) outcome.octets = std::move(*clean);
+    query.tell(7, clean ? text("it matches; %zu -> %zu octets", one.in.size(), outcome.octets.size())
+                        : outcome.detail);
+    if (clean) one.upstream.answered(Clock::now(), one.since);
+    else one.stage = Connection::Failed;
+    return true;
+}
+
+static void wait_for(const std::vector<std::unique_ptr<Connection>>& tries, Time until) {
+    std::vector<pollfd> waiting;
+    for (auto& one : tries)
+        if (one->stage < Connection::Done) waiting.push_back({one->fd.number, one->events, 0});
+    poll(waiting.data(), waiting.size(), time_left(until));
+}
+
+// [4]-[7] The race: a try that fails is followed by another at once, and one that is late is joined
+// by another, of the next upstream if there is one. The first good answer wins.
+void Resolver::ask(const Query& query, const Bytes& message, Outcome& outcome) {
+    auto& tries = outcome.tries;
     Upstream* last = nullptr;
-    for (int tries = 0; tries < most_tries && (last = choose(last)); tries++) {
-        Connection one(ctx_.get(), *last);
-        one.send(query, message);
-        while (one.advance() < Connection::Done && Clock::now() < query.deadline) {
-            pollfd waiting{one.fd.number, one.events, 0};
-            poll(&waiting, 1, time_left(query.deadline));
+    Time next_try{};
+    size_t running = 0;
+    if (race_budget_ < race_burst) ++race_budget_;
+    for (Time now; (now = Clock::now()) < query.deadline;) {
+        const bool late = running > 0 && now >= next_try;
+        Upstream* next = nullptr;
+        if (tries.size() < most_tries && (!running || (late && may_race()))) next = choose(last);
+        if (late && next && next != last) last->silent(now);
+        if (next) {
+            tries.push_back(connect(*(last = next)));
+            tries.back()->send(query, message);
+            ++running;
         }
-        if (one.stage != Connection::Done) {
-            outcome.detail = one.trouble();
-            if (!one.verified && !one.local) last->failed(Clock::now());
-            if (Clock::now() >= query.deadline) break;
+        if (!running) return;
+        if (next || late) next_try = next ? last->patience(now, tries.back()->ready) : Time::max();
+        running = 0;
+        for (auto& one : tries)
+            if (one->stage < Connection::Done && !ended(query, *one, outcome)) ++running;
+        if (outcome.good) return;
+        if (running) wait_for(tries, std::min(query.deadline, next_try));
+    }
+    if (!tries.empty()) outcome.detail = tries.back()->trouble();
+    for (auto& one : tries)
+        if (one->upstream.last_answer() < query.taken) one->upstream.failed(Clock::now());
+}
+
+std::unique_ptr<Connection> Resolver::connect(Upstream& upstream) {
+    auto ready = upstream.take(Clock::now());
+    return ready ? std::move(ready) : std::make_unique<Connection>(ctx_.get(), upstream);
+}
+
+void Resolver::open(Upstream& upstream) {
+    if (!upstream.reserve(policy_.ready)) return;
+    std::vector<std::unique_ptr<Connection>> one;
+    one.push_back(std::make_unique<Connection>(ctx_.get(), upstream));
+    const Time until = Clock::now() + policy_.timeout;
+    while (one[0]->advance() < Connection::Idle && Clock::now() < until) wait_for(one, until);
+    if (!one[0]->verified && !one[0]->local) upstream.failed(Clock::now());
+    upstream.park(one[0]->verified ? std::move(one[0]) : nullptr);
+}
+
+void Resolver::restock(Outcome used) {
+    for (auto& one : used.tries) {
+        Upstream& upstream = one->upstream;
+        const int wanted = one->ready ? 1 : 2;  // a miss parks two: the stock was too small
+        if (policy_.reuse && one->stage == Connection::Done && upstream.reserve(policy_.ready)) {
+            one->rest();
+            upstream.park(std::move(one));
             continue;
         }
-        const Layout layout = parse(one.in);
-        query.show("answer over TLS", one.in);
-        std::optional<Bytes> clean;
-        if (matches(query, one.in, layout)) clean = unpad(query, one.in, layout);
-        outcome.detail = clean ? last->name + " " + one.how()
-                               : last->address.str() + " sent what is no answer to this query";
-        query.tell(7, clean ? text("it matches; %zu -> %zu octets", one.in.size(), clean->size())
-                            : outcome.detail);
-        if (clean) return {std::move(*clean), true, outcome.detail};
+        one.reset();
+        for (int i = 0; i < wanted && policy_.ready && !policy_.reuse; i++) open(upstream);
     }
-    return outcome;
+}
+
+void Resolver::tend() {
+    for (;; std::this_thread::sleep_for(milliseconds(250)))
+        for (auto& upstream : upstreams_)
+            if (upstream->tend(Clock::now()) && policy_.ready) open(*upstream);
 }
 
 Outcome Resolver::resolve(const Query& query) {
     const Bytes message = pad(query);  // [3]
     query.tell(3, text("%zu -> %zu octets", query.octets.size(), message.size()));
     query.show("query over TLS", message);
-    Outcome outcome = ask(query, message);
+    Outcome outcome{{}, false, "every upstream failed a moment ago"};
+    ask(query, message, outcome);
     if (!outcome.good) outcome.octets = reply(query, SERVFAIL, 23);  // EDE: Network Error
     const size_t whole = outcome.octets.size();
-    if (!query.tcp) outcome.octets = cut(query, outcome.octets, udp_limit(query, max_udp_));  // [8]
+    if (!query.tcp) outcome.octets = cut(query, outcome.octets, udp_limit(query, policy_.max_udp));  // [8]
     const size_t size = outcome.octets.size();
     query.tell(8, text("%s, %zu octets%s", rcode_name(outcome.octets[3] & 15).c_str(), size,
                        size < whole ? ", cut, TC set" : ""));

@@ -194,27 +194,46 @@ using Ssl = std::unique_ptr<SSL, Release<SSL_free>>;
 using Session = std::unique_ptr<SSL_SESSION, Release<SSL_SESSION_free>>;
 using Pin = std::array<uint8_t, 32>;  // SHA-256 of a SubjectPublicKeyInfo, RFC 7858 4.2
 
-// One address of a resolver: who it must prove to be, and what was learnt about it.
+struct Connection;
+
+// One address of a resolver: who it must prove to be, what was learnt about it, and the connections
+// that are ready: parked by a thread that has answered, for the next query. The oldest is taken, for
+// its tickets have arrived and been acknowledged: a newer one would hold the answer up.
 struct Upstream {
     Address address;
-    std::string name;       // must be in the certificate's SAN, RFC 8310 8.1
-    std::vector<Pin> pins;  // if any, one must be in the verified chain as well
+    std::string name;            // must be in the certificate's SAN, RFC 8310 8.1
+    std::vector<Pin> pins;       // if any, one must be in the verified chain as well
+    std::atomic<int> group{0};   // the key exchange it chose last (an OpenSSL NID); 0: unknown
 
     // Whether it may be asked now: it did not fail, or its time of rest is over. In the latter case
     // the caller is the one who tries it: others are told no until this is known.
     bool available(Time now);
-    void succeeded();
-    bool failed(Time now);  // it rests for 1 s, doubling to 5 min. true: it was well until now
-    void keep(Session ticket);
-    Session ticket();       // for one use (RFC 8446 C.4); empty: there is none
+    void failed(Time now);                   // it rests for 1 s, doubling to 5 min
+    void silent(Time now);                   // slower than usual; the third time in a row it failed
+    void answered(Time now, Time asked);
+    Time patience(Time now, bool ready);     // until when to wait before another try is worth while
+    Time last_answer();
 
-    std::atomic<int> group{0};  // the key exchange it chose last (an OpenSSL NID); 0: unknown
+    void keep(Session ticket);
+    Session ticket();  // for one use (RFC 8446 C.4); empty: there is none
+
+    std::unique_ptr<Connection> take(Time now);  // empty: none is ready
+    bool reserve(size_t most);  // a place for one more; to be followed by park()
+    void park(std::unique_ptr<Connection> connection);  // empty: it came to nothing
+    // Drops those that are too old, or too many for how little is asked. true: one more is wanted.
+    bool tend(Time now);
+    ~Upstream();
 
 private:
+    std::unique_ptr<Connection> oldest();
     std::mutex mutex_;  // guards all below
     std::deque<Session> tickets_;
-    int failures_ = 0;
-    Time rest_until_{};
+    std::deque<std::unique_ptr<Connection>> parked_;
+    size_t opening_ = 0;
+    Clock::duration idle_limit_ = std::chrono::seconds(25);  // learnt: how long parked ones live
+    Clock::duration usual_{};                                // of an answer; 0: unknown
+    int failures_ = 0, silences_ = 0;
+    Time rest_until_{}, asked_ = Clock::now() - std::chrono::hours(1), answered_{};
 };
 using Upstreams = std::vector<std::unique_ptr<Upstream>>;
 // cloudflare | google | quad9 | ADDR[@PORT]#NAME[,pin-sha256=BASE64]... appended, one for each
@@ -235,8 +254,10 @@ struct Connection {
     enum Stage { Connect, Handshake, Idle, Send, Read, Done, Failed };
     // Goes on as far as it can without waiting, to Idle, Done or Failed at most.
     Stage advance();
-    void send(const Query& query, const Bytes& message);  // once; `query` must outlive this
-    std::string how() const;      // "TLSv1.3 resumed dialled", once Idle
+    void send(const Query& query, const Bytes& message);  // when Idle or before; `query` outlives it
+    void rest();                  // Idle again after an answer
+    bool alive();                 // when Idle: the other end has not closed it
+    std::string how() const;      // "TLSv1.3 resumed ready", once Idle
     std::string trouble() const;  // "1.1.1.1@853 certificate has expired": why it Failed, or is late
 
     Upstream& upstream;
@@ -246,6 +267,8 @@ struct Connection {
     short events = 0;       // what advance() waits for, as of poll(2)
     bool verified = false;  // the other end proved who it is
     bool local = false;     // it failed for want of something here
+    bool ready = false;     // it was when the query came
+    Time since;             // when it became Idle, or its query was sent
     Bytes in;               // the answer, when Done
 
 private:
@@ -267,22 +290,38 @@ struct Outcome {
     Bytes octets;        // for the client
     bool good = false;   // the resolver answered
     std::string detail;  // how, or why not
+    // What was used for it: closed, or kept, only when the client has its answer.
+    std::vector<std::unique_ptr<Connection>> tries{};
+};
+
+struct Policy {
+    size_t max_udp, ready;  // octets of a UDP answer; ready connections for each upstream
+    bool reuse;             // a connection may serve more than one query, one at a time
+    Clock::duration timeout;
 };
 
 // Steps [3] to [8] of every query. Many threads may call it at once.
 class Resolver {
 public:
-    Resolver(Ctx ctx, Upstreams upstreams, size_t max_udp)
-        : ctx_(std::move(ctx)), upstreams_(std::move(upstreams)), max_udp_(max_udp) {}
+    Resolver(Ctx ctx, Upstreams upstreams, Policy policy)
+        : ctx_(std::move(ctx)), upstreams_(std::move(upstreams)), policy_(policy) {}
     Outcome resolve(const Query& query);
+    void restock(Outcome used);  // after the answer: ready connections in place of those used
+    [[noreturn]] void tend();    // keeps a small stock warm, for ever
 
 private:
-    Upstream* choose(Upstream* last);
-    Outcome ask(const Query& query, const Bytes& message);
+    Upstream* choose(const Upstream* last);
+    std::unique_ptr<Connection> connect(Upstream& upstream);
+    bool ended(const Query& query, Connection& one, Outcome& outcome);
+    bool may_race();
+    void ask(const Query& query, const Bytes& message, Outcome& outcome);
+    void open(Upstream& upstream);
 
     const Ctx ctx_;
     const Upstreams upstreams_;
-    const size_t max_udp_;
+    const Policy policy_;
+    std::atomic<int> race_budget_{race_burst};
+    static constexpr int race_price = 10, race_burst = 20 * race_price;
 };
 
 }  // namespace dot

@@ -32,7 +32,12 @@ struct Settings {
     std::string ca;
     int queries = 512, timeout = 4000, max_udp = 1232;
     bool quiet = false;
+    int ready = 64;
+    bool reuse = false;
     int verbosity = 0;
+    Policy policy() const {
+        return {size_t(max_udp), size_t(ready), reuse, milliseconds(timeout)};
+    }
 };
 
 static void print_help() {
@@ -44,13 +49,15 @@ static void print_help() {
   -c, --ca FILE                certificates to trust                           [the system's]
   -n, --queries N              queries in flight at most                       [%d]
   -t, --timeout MS             for a whole query                               [%d]
+  -k, --ready N                ready connections kept for an upstream at most  [%d], 0: open one when asked
+  -R, --reuse                  use a connection for more than one query
   -m, --max-udp N              longest UDP answer, octets                      [%d]
   -q, --quiet                  no line per query
   -v, --verbose                the eight steps of every query; -vv adds the octets, annotated
   -h, --help   -V, --version
 )",
            d.listen[0].c_str(), d.listen[1].c_str(), d.upstreams[0].c_str(), d.queries, d.timeout,
-           d.max_udp);
+           d.ready, d.max_udp);
 }
 
 // nullopt: what was asked for is printed. Throws BadOption; getopt itself tells of unknown options.
@@ -58,11 +65,12 @@ static std::optional<Settings> parse_options(int argc, char** argv) {
     static const option long_options[] = {
         {"listen", 1, nullptr, 'l'},  {"upstream", 1, nullptr, 'u'}, {"ca", 1, nullptr, 'c'},
         {"queries", 1, nullptr, 'n'}, {"timeout", 1, nullptr, 't'},  {"max-udp", 1, nullptr, 'm'},
+        {"ready", 1, nullptr, 'k'},   {"reuse", 0, nullptr, 'R'},
         {"quiet", 0, nullptr, 'q'},   {"verbose", 0, nullptr, 'v'},  {"help", 0, nullptr, 'h'},
         {"version", 0, nullptr, 'V'}, {}};
     Settings s;
     std::vector<std::string> listen, upstreams;
-    for (int c; (c = getopt_long(argc, argv, "l:u:c:n:t:m:qvhV", long_options, nullptr)) != -1;) {
+    for (int c; (c = getopt_long(argc, argv, "l:u:c:n:t:k:Rm:qvhV", long_options, nullptr)) != -1;) {
         switch (c) {
             case 'l': listen.push_back(optarg); break;
             case 'u': upstreams.push_back(optarg); break;
@@ -70,6 +78,8 @@ static std::optional<Settings> parse_options(int argc, char** argv) {
             case 'n': s.queries = parse_number(optarg, 1, 10000, "--queries"); break;
             case 't': s.timeout = parse_number(optarg, 1, 60000, "--timeout"); break;
             case 'm': s.max_udp = parse_number(optarg, 512, 65535, "--max-udp"); break;
+            case 'k': s.ready = parse_number(optarg, 0, 1000, "--ready"); break;
+            case 'R': s.reuse = true; break;
             case 'q': s.quiet = true; break;
             case 'v': s.verbosity++; break;
             case 'h': print_help(); return std::nullopt;
@@ -157,7 +167,7 @@ class Server {
 public:
     Server(const Settings& settings, Ctx ctx, Upstreams upstreams)
         : settings_(settings), queries_(settings.queries),
-          resolver_(std::move(ctx), std::move(upstreams), size_t(settings.max_udp)) {}
+          resolver_(std::move(ctx), std::move(upstreams), settings.policy()) {}
 
     [[noreturn]] void serve_udp(int fd) {
         Bytes buffer(longest_message);
@@ -194,6 +204,8 @@ public:
             detach([this, client] { serve_client(client); });
         }
     }
+
+    [[noreturn]] void tend() { resolver_.tend(); }
 
     void print_totals() {
         say(text("TOTALS udp=%u tcp=%u success=%u failure=%u", udp_.load(), tcp_.load(),
@@ -242,8 +254,11 @@ private:
             return finish(*query, send, {reply(*query, verdict.rcode), false, verdict.why});
         // A TCP client can wait, and then sends no more. A UDP query is never silently lost.
         Slots::Permit permit = queries_.take(tcp ? query->deadline : Time{});
-        if (!permit || !detach([this, query, send, permit = std::move(permit)] {
-                finish(*query, send, resolver_.resolve(*query));
+        if (!permit || !detach([this, query, send, permit = std::move(permit)]() mutable {
+                Outcome outcome = resolver_.resolve(*query);
+                finish(*query, send, outcome);
+                permit.reset();
+                resolver_.restock(std::move(outcome));
             }))
             finish(*query, send, {reply(*query, SERVFAIL, 0), false, "too many queries in flight"});
     }
@@ -288,6 +303,7 @@ static int run(const Settings& settings) {
     for (int wanted : {SIGTERM, SIGINT, SIGUSR1}) sigaddset(&signals, wanted);
     pthread_sigmask(SIG_BLOCK, &signals, nullptr);
     signal(SIGPIPE, SIG_IGN);
+    std::thread([] { server.tend(); }).detach();
     for (auto [udp, tcp] : sockets) {
         std::thread([udp = udp] { server.serve_udp(udp); }).detach();
         std::thread([tcp = tcp] { server.serve_tcp(tcp); }).detach();
