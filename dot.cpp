@@ -159,17 +159,17 @@ void Query::show(const char* title, const Bytes& m) const {
 
 Verdict judge(const Query& query) {  // [2]
     const Bytes& m = query.octets;
-    if (m.size() < header_size) return {Verdict::Silence, FORMERR, "shorter than a header"};
-    if (m[2] & 0x80) return {Verdict::Silence, FORMERR, "an answer, not a query"};  // else a loop
+    if (m.size() < header_size) return {silence, "shorter than a header"};
+    if (m[2] & 0x80) return {silence, "an answer, not a query"};  // else a loop
     const int opcode = m[2] >> 3 & 15, type = query.type();
     if (opcode == 6)  // RFC 8490 9.4: a connection for each query cannot carry a session
-        return {Verdict::Answer, NOTIMP, "DNS stateful operations are not proxied"};
-    if (query.layout.fault) return {Verdict::Answer, FORMERR, query.layout.fault};
+        return {NOTIMP, "DNS stateful operations are not proxied"};
+    if (query.layout.fault) return {FORMERR, query.layout.fault};
     if (opcode == 0 && u16(m, 4) > 1)  // RFC 9619 4
-        return {Verdict::Answer, FORMERR, "more than one question"};
+        return {FORMERR, "more than one question"};
     if (opcode == 0 && (type == AXFR || type == IXFR))
-        return {Verdict::Answer, NOTIMP, "zone transfers are not proxied"};
-    return {Verdict::Forward, NOERROR, "to be forwarded"};
+        return {NOTIMP, "zone transfers are not proxied"};
+    return {forward, "to be forwarded"};
 }
 
 // Whether the octets from `from` on may move: a compression pointer counts from the message's start,
@@ -282,7 +282,7 @@ Bytes cut(const Query& query, Bytes a, size_t limit) {  // [8]
     return out;
 }
 
-Bytes reply(const Query& query, Rcode rcode, int ede) {  // [8]
+Bytes reply(const Query& query, int rcode, int ede) {  // [8]
     Bytes out = head(query.octets, query.layout), list;
     out[2] = uint8_t(0x80 | (out[2] & 0x79));  // opcode and RD stay
     out[3] = uint8_t((rcode == SERVFAIL ? 0x80 | (out[3] & 0x10) : 0) | rcode);
@@ -353,19 +353,6 @@ Address parse_address(const std::string& from, int default_port) {
     return a;
 }
 
-Slots::Permit Slots::take(Time until) {
-    std::unique_lock lock(mutex_);
-    if (!changed_.wait_until(lock, until, [&] { return free_ > 0; })) return nullptr;
-    --free_;
-    return Permit(this);
-}
-
-void Slots::GiveBack::operator()(Slots* slots) const {
-    Lock lock(slots->mutex_);
-    ++slots->free_;
-    slots->changed_.notify_one();
-}
-
 // ---- Upstreams ---------------------------------------------------------------------------------
 
 std::vector<Peer> parse_upstream(const std::string& from) {
@@ -396,8 +383,8 @@ std::vector<Peer> parse_upstream(const std::string& from) {
     return {peer};
 }
 
+Settings settings;
 // Set once, by prepare(), before the first thread starts.
-static Settings settings;
 static std::vector<std::unique_ptr<struct Upstream>> upstreams;
 static SSL_CTX* ctx;
 
@@ -527,9 +514,8 @@ static int keep_ticket(SSL* ssl, SSL_SESSION* session) {
     return 1;  // it is ours now
 }
 
-void prepare(const Settings& s) {
-    settings = s;
-    for (auto& one : s.upstreams)
+void prepare() {
+    for (auto& one : settings.upstreams)
         for (auto& peer : parse_upstream(one)) upstreams.push_back(std::make_unique<Upstream>(peer));
     ctx = SSL_CTX_new(TLS_client_method());
     SSL_CTX_set_min_proto_version(ctx, TLS1_2_VERSION);  // RFC 9325 3.1.1
@@ -543,9 +529,9 @@ void prepare(const Settings& s) {
     SSL_CTX_sess_set_new_cb(ctx, keep_ticket);
     SSL_CTX_set_mode(ctx, SSL_MODE_RELEASE_BUFFERS);
     SSL_CTX_dane_enable(ctx);  // OpenSSL's way to compare keys with pins
-    if (!(s.ca.empty() ? SSL_CTX_set_default_verify_paths(ctx)
-                       : SSL_CTX_load_verify_file(ctx, s.ca.c_str())))
-        throw BadOption("no certificates to trust in '" + s.ca + "'");
+    for (auto& file : settings.ca)
+        if (!SSL_CTX_load_verify_file(ctx, file.c_str())) throw BadOption("no certificates in " + file);
+    if (settings.ca.empty()) SSL_CTX_set_default_verify_paths(ctx);
 }
 
 // [4]-[6] One TCP and TLS connection, used by one thread at a time. Its socket does not block, so
@@ -598,6 +584,7 @@ struct Connection {
             setsockopt(fd, IPPROTO_TCP, TCP_QUICKACK, &one, sizeof one);
             since = Clock::now();
             tell(5, text("2 + %zu octets in one record", out_.size() - 2));
+            out_.clear();
             stage = Read;
         }
         while (stage == Read) {  // [6] the length, then as many octets
@@ -616,15 +603,8 @@ struct Connection {
         ready = stage == Idle;
         out_ = frame(message);
         in.resize(2);
-        if (ready) tell(4, how() + ", " + upstream.name + " was verified before");
-    }
-
-    void rest() {  // Idle again after an answer
-        query_ = nullptr;
-        out_.clear();
         have_ = 0;
-        stage = Idle;
-        since = Clock::now();
+        if (ready) tell(4, how() + ", " + upstream.name + " was verified before");
     }
 
     bool alive() {  // when Idle: the other end has not closed it
@@ -678,13 +658,11 @@ private:
         unsigned size = 0;
         SSL_get0_alpn_selected(ssl.get(), &alpn, &size);
         if (size && std::string(alpn, alpn + size) != "dot") return fail(4, "chose another protocol");
-        const X509* certificate = SSL_get0_peer_certificate(ssl.get());
-        if (SSL_get_verify_result(ssl.get()) != X509_V_OK || !certificate) return fail(4, "proved nothing");
         verified = true;
         since = Clock::now();
         upstream.group = int(SSL_get_negotiated_group(ssl.get()));
         tm until{};
-        ASN1_TIME_to_tm(X509_get0_notAfter(certificate), &until);
+        ASN1_TIME_to_tm(X509_get0_notAfter(SSL_get0_peer_certificate(ssl.get())), &until);
         tell(4, text("%s, %s verified, certificate valid until %d-%02d-%02d", how().c_str(),
                      upstream.name.c_str(), until.tm_year + 1900, until.tm_mon + 1, until.tm_mday));
         return stage = Idle;
@@ -857,7 +835,8 @@ void restock(Outcome used) {
         Upstream& upstream = one->upstream;
         const int wanted = settings.reuse ? 0 : one->ready ? 1 : 2;  // a miss parks two: too few there
         if (settings.reuse && one->stage == Connection::Done && upstream.reserve()) {
-            one->rest();
+            one->stage = Connection::Idle;
+            one->since = Clock::now();
             upstream.park(one);
         }
         one.reset();

@@ -27,9 +27,7 @@
 
 #include <array>
 #include <chrono>
-#include <condition_variable>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -85,10 +83,10 @@ struct Query {
     const Time taken, deadline;
 };
 
-// [2] What to do with a query: forward it, or answer `rcode` at once, or keep silent.
+// [2] What to do with a query: forward it, or answer with an rcode at once, or keep silent.
+constexpr int forward = -1, silence = -2;
 struct Verdict {
-    enum { Forward, Answer, Silence } action;
-    Rcode rcode;
+    int rcode;  // or one of these two
     const char* why;
 };
 Verdict judge(const Query& query);
@@ -112,7 +110,7 @@ size_t udp_limit(const Query& query, size_t most);
 
 // [8] An answer of the proxy's own. To an EDNS client it has an OPT, and an Extended DNS Error
 // (RFC 8914) if `ede` is not negative. QR, opcode, RD, and CD and RA with SERVFAIL, are set.
-Bytes reply(const Query& query, Rcode rcode, int ede = -1);
+Bytes reply(const Query& query, int rcode, int ede = -1);
 
 // ---- Streams and framing -----------------------------------------------------------------------
 
@@ -133,21 +131,6 @@ Address parse_address(const std::string& from, int default_port);  // ADDR[@PORT
 // All of `from` as a number from `least` to `most`; throws BadOption that names `what`.
 int parse_number(const std::string& from, int least, int most, const std::string& what);
 
-// A counted permit is taken before a thread starts and given back by its destructor. That bounds
-// threads, memory and the handshakes strangers can cause, and tells when the last thread is done.
-class Slots {
-public:
-    explicit Slots(int free) : free_(free) {}
-    struct GiveBack { void operator()(Slots* slots) const; };
-    using Permit = std::unique_ptr<Slots, GiveBack>;
-    Permit take(Time until);  // empty: none became free before `until`
-
-private:
-    std::mutex mutex_;  // guards free_
-    std::condition_variable changed_;
-    int free_;
-};
-
 // ---- The whole way -----------------------------------------------------------------------------
 
 // One address of a resolver, and who it must prove to be.
@@ -162,11 +145,11 @@ std::vector<Peer> parse_upstream(const std::string& from);
 // What the user asked for. Times in milliseconds, sizes in octets.
 struct Settings {
     std::vector<std::string> listen, upstreams;
-    std::string ca;  // file of the certificates to trust; empty: the system's
+    std::vector<std::string> ca;  // files of the certificates to trust; none: the system's
     int queries = 512, timeout = 4000, ready = 64, max_udp = 1232, reuse = 0, quiet = 0, verbose = 0;
 };
-// To be called once, before all below; throws BadOption.
-void prepare(const Settings& settings);
+extern Settings settings;  // set before the first thread starts
+void prepare();            // from the settings, before all below; throws BadOption
 
 struct Connection;  // over TCP and TLS, to an upstream
 struct Outcome {

@@ -5,6 +5,7 @@
 #include <getopt.h>
 #include <malloc.h>
 #include <netinet/tcp.h>
+#include <semaphore.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -12,6 +13,7 @@
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <mutex>
 #include <thread>
 #include <variant>
 
@@ -22,6 +24,8 @@ using std::chrono::milliseconds;
 using std::chrono::seconds;
 using Strings = std::vector<std::string>;
 
+const Strings default_listen{"127.0.0.1@53", "::1@53"}, default_upstreams{"cloudflare"};
+
 constexpr const char* version = "0.1";
 constexpr seconds idle_limit{10};  // for a TCP client to send a whole query, RFC 7766 6.2.3
 constexpr seconds grace{3};        // for the queries in flight when the program is to end
@@ -30,73 +34,67 @@ constexpr int most_queries_of_client = 32;  // in flight, on one TCP connection
 
 // ---- Options -----------------------------------------------------------------------------------
 
-const Strings default_listen{"127.0.0.1@53", "::1@53"}, default_upstreams{"cloudflare"};
-
-// `name` has a value if it goes on behind the word. `help` has %s where the default is printed.
+// `help` has %s where the default is printed.
 struct Option {
     char letter;
-    const char *name, *help;
-    std::variant<int*, std::string*, Strings*> to;
+    const char *word, *value, *help;
+    std::variant<int*, Strings*> to;
     int least = 0, most = 0;
 };
 
 static std::vector<Option> options(Settings& s) {
     return {
-        {'l', "listen ADDR[@PORT]", "where to listen, UDP and TCP; repeatable        [%s]", &s.listen},
-        {'u', "upstream UPSTREAM", "whom to ask, in this order; repeatable          [%s]\n%31s"
+        {'l', "listen", " ADDR[@PORT]", "where to listen, UDP and TCP; repeatable        [%s]", &s.listen},
+        {'u', "upstream", " UPSTREAM", "whom to ask, in this order; repeatable          [%s]\n%31s"
          "cloudflare | google | quad9, or ADDR[@PORT]#NAME[,pin-sha256=BASE64]...", &s.upstreams},
-        {'c', "ca FILE", "certificates to trust                           [the system's]", &s.ca},
-        {'n', "queries N", "queries in flight at most                       [%s]", &s.queries, 1, 10000},
-        {'t', "timeout MS", "for a whole query                               [%s]", &s.timeout, 1, 60000},
-        {'k', "ready N", "ready connections kept for an upstream at most  [%s], 0: open one when asked",
+        {'c', "ca", " FILE", "certificates to trust                           [the system's]", &s.ca},
+        {'n', "queries", " N", "queries in flight at most                       [%s]", &s.queries, 1, 10000},
+        {'t', "timeout", " MS", "for a whole query                               [%s]", &s.timeout, 1, 60000},
+        {'k', "ready", " N", "ready connections kept for an upstream at most  [%s], 0: open one when asked",
          &s.ready, 0, 1000},
-        {'R', "reuse", "use a connection for more than one query", &s.reuse},
-        {'m', "max-udp N", "longest UDP answer, octets                      [%s]", &s.max_udp, 512, 65535},
-        {'q', "quiet", "no line per query", &s.quiet},
-        {'v', "verbose", "the eight steps of every query; -vv adds the octets, annotated", &s.verbose},
+        {'R', "reuse", "", "use a connection for more than one query", &s.reuse},
+        {'m', "max-udp", " N", "longest UDP answer, octets                      [%s]", &s.max_udp, 512, 65535},
+        {'q', "quiet", "", "no line per query", &s.quiet},
+        {'v', "verbose", "", "the eight steps of every query; -vv adds the octets, annotated", &s.verbose},
     };
 }
 
 static void print_help() {
-    Settings defaults{default_listen, default_upstreams, {}};
+    Settings defaults{.listen = default_listen, .upstreams = default_upstreams, .ca = {}};
     puts("dot-proxy [options]");
     for (const Option& o : options(defaults)) {
         std::string value;
         if (auto number = std::get_if<int*>(&o.to)) value = std::to_string(**number);
         if (auto list = std::get_if<Strings*>(&o.to))
             for (auto& one : **list) value += (value.empty() ? "" : " ") + one;
-        printf("  -%c, --%-22s ", o.letter, o.name);
+        printf("  -%c, --%-22s ", o.letter, (std::string(o.word) + o.value).c_str());
         printf(o.help, value.c_str(), "");
         puts("");
     }
     puts("  -h, --help   -V, --version");
 }
 
-// nullopt: what was asked for is printed. Throws BadOption; of unknown options getopt itself tells.
-static std::optional<Settings> parse_options(int argc, char** argv) {
+// Throws BadOption; of unknown options getopt itself tells.
+static Settings parse_options(int argc, char** argv) {
     Settings s;
     const std::vector<Option> known = options(s);
     std::string letters = "hV";
-    std::vector<option> names{{"help", 0, nullptr, 'h'}, {"version", 0, nullptr, 'V'}};
-    Strings words;
-    for (const Option& o : known) words.push_back(std::string(o.name).substr(0, strcspn(o.name, " ")));
-    for (size_t i = 0; i < known.size(); i++) {
-        const bool valued = words[i] != known[i].name;
-        letters += std::string(1, known[i].letter) + (valued ? ":" : "");
-        names.push_back({words[i].c_str(), valued, nullptr, known[i].letter});
+    std::vector<option> words{{"help", 0, nullptr, 'h'}, {"version", 0, nullptr, 'V'}};
+    for (const Option& o : known) {
+        letters += std::string(1, o.letter) + (*o.value ? ":" : "");
+        words.push_back({o.word, *o.value != 0, nullptr, o.letter});
     }
-    names.push_back({});
-    for (int c; (c = getopt_long(argc, argv, letters.c_str(), names.data(), nullptr)) != -1;) {
+    words.push_back({});
+    for (int c; (c = getopt_long(argc, argv, letters.c_str(), words.data(), nullptr)) != -1;) {
         if (c == '?') throw BadOption("");
         if (c == 'h') print_help();
         if (c == 'V') printf("dot-proxy %s\n", version);
-        if (c == 'h' || c == 'V') return std::nullopt;
+        if (c == 'h' || c == 'V') exit(0);
         for (const Option& o : known) {
             if (o.letter != c) continue;
             if (auto list = std::get_if<Strings*>(&o.to)) (*list)->push_back(optarg);
-            if (auto word = std::get_if<std::string*>(&o.to)) **word = optarg;
-            if (auto number = std::get_if<int*>(&o.to))
-                **number = o.most ? parse_number(optarg, o.least, o.most, o.name) : **number + 1;
+            else *std::get<int*>(o.to) += 1;
+            if (o.most) *std::get<int*>(o.to) = parse_number(optarg, o.least, o.most, o.word);
         }
     }
     if (optind < argc) throw BadOption(text("unexpected argument '%s'", argv[optind]));
@@ -137,29 +135,18 @@ static int open_listener(const Address& address, int type) {
 
 // ---- Threads -----------------------------------------------------------------------------------
 
-using Send = std::function<void(const Bytes&)>;  // an answer to its client, by any thread
+// A counted permit is taken before a thread starts and given back by its destructor. That bounds
+// threads, memory and the handshakes strangers can cause, and tells when the last thread is done.
+struct GiveBack { void operator()(sem_t* slots) const { sem_post(slots); } };
+using Permit = std::unique_ptr<sem_t, GiveBack>;
 
-// Where a UDP query came from, and in `control` which of our addresses it asked.
-struct Sender {
-    sockaddr_storage address;
-    alignas(cmsghdr) char control[64];
-    msghdr header;
-};
+static Permit take_slot(sem_t& slots, bool wait) {  // empty: there is none now
+    return Permit((wait ? sem_wait(&slots) : sem_trywait(&slots)) == 0 ? &slots : nullptr);
+}
 
-struct TcpClient {
-    TcpClient(int fd, Slots::Permit permit) : fd(fd), permit(std::move(permit)) {}
-    ~TcpClient() { close(fd); }
-    const int fd;
-    const Slots::Permit permit;
-    Slots in_flight{most_queries_of_client};
-    std::mutex writing;  // guards the order of octets to fd
-};
-
-// What a thread that answers a TCP query holds. The slot goes first: it is a part of the client.
-struct Turn {
-    std::shared_ptr<TcpClient> client;
-    std::shared_ptr<Slots> slot;
-};
+static sem_t query_slots, client_slots;
+static std::atomic<bool> stopping{false};
+static std::atomic<unsigned> taken[2], ended[2];  // over UDP and TCP; badly and well
 
 // Runs `work` in a thread of its own. false: the system has no room for one more.
 static bool detach(auto work) try {
@@ -175,147 +162,157 @@ static bool detach(auto work) try {
     return false;
 }
 
-class Server {
-public:
-    explicit Server(const Settings& s) : settings_(s), queries_(s.queries) {}
+using Send = std::function<void(const Bytes&)>;  // an answer to its client, by any thread
 
-    void serve_udp(int fd) {
-        for (Bytes buffer(longest_message);;) {
-            auto sender = std::make_shared<Sender>();
-            iovec octets{buffer.data(), buffer.size()};
-            sender->header = {&sender->address, sizeof sender->address, &octets, 1,
-                              sender->control, sizeof sender->control, 0};
-            const ssize_t size = recvmsg(fd, &sender->header, 0);
-            if (size < 0) continue;  // an ICMP error for an answer sent before; nothing to do
-            take({buffer.begin(), buffer.begin() + size}, false, [fd, sender](Bytes answer) {
-                iovec octets{answer.data(), answer.size()};
-                sender->header.msg_iov = &octets;
-                // UDP may lose an answer, as when a buffer is full: the client asks again.
-                (void)!sendmsg(fd, &sender->header, MSG_DONTWAIT);
-            });
-        }
+static void finish(const Query& query, const Send& send, const Outcome& outcome) {
+    send(outcome.octets);
+    ++ended[outcome.good];
+    if (settings.quiet) return;
+    say(text("%s %s %s %s %zu octets %.1f ms%s %s", outcome.good ? "SUCCESS" : "FAILURE",
+             query.tcp ? "tcp" : "udp", type_name(query.type()).c_str(),
+             rcode_name(outcome.octets[3] & 15).c_str(), outcome.octets.size(),
+             ms(Clock::now() - query.taken), outcome.good ? "" : ":", outcome.detail.c_str()));
+}
+
+// [1] and [2] in the thread that received the query; the other steps in one of their own.
+// false: there will be no answer.
+static bool take(Bytes octets, bool tcp, const Send& send) {
+    if (stopping) return false;
+    ++taken[tcp];
+    const milliseconds timeout(settings.timeout);
+    auto query = std::make_shared<Query>(std::move(octets), tcp, settings.verbose, timeout);
+    query->tell(1, text("%zu octets over %s", query->octets.size(), tcp ? "TCP" : "UDP"));
+    query->show("query", query->octets);
+    const Verdict verdict = judge(*query);
+    query->tell(2, verdict.why);
+    if (verdict.rcode == silence) return false;
+    if (verdict.rcode != forward) {
+        finish(*query, send, {reply(*query, verdict.rcode), false, verdict.why});
+        return true;
     }
+    // A TCP client can wait, and then sends no more. A UDP query is never silently lost.
+    Permit permit = take_slot(query_slots, tcp);
+    if (!permit || !detach([query, send, permit = std::move(permit)]() mutable {
+            Outcome outcome = resolve(*query);
+            finish(*query, send, outcome);
+            permit.reset();
+            restock(std::move(outcome));
+        }))
+        finish(*query, send, {reply(*query, SERVFAIL, 0), false, "too many queries in flight"});
+    return true;
+}
 
-    void serve_tcp(int listener) {
-        for (;;) {
-            Slots::Permit permit = clients_.take(Time::max());  // until then they wait in the backlog
-            const int fd = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC);
-            if (fd < 0) {  // out of open files, say: others will be closed
-                std::this_thread::sleep_for(milliseconds(20));
-                continue;
-            }
-            auto client = std::make_shared<TcpClient>(fd, std::move(permit));
-            const timeval limit{idle_limit.count(), 0};  // on Linux, for one whole send()
-            setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
-            set(fd, IPPROTO_TCP, TCP_NODELAY, 1);
-            detach([this, client] { serve_client(client); });
-        }
-    }
-
-    void print_totals() {
-        say(text("TOTALS udp=%u tcp=%u success=%u failure=%u", taken_[0].load(), taken_[1].load(),
-                 ended_[true].load(), ended_[false].load()));
-    }
-
-    // Returns when no query is in flight, or after the time of grace.
-    void stop() {
-        stopping_ = true;
-        const Time until = Clock::now() + grace;
-        std::vector<Slots::Permit> all;
-        for (int i = 0; i < settings_.queries; i++) all.push_back(queries_.take(until));
-        print_totals();
-    }
-
-private:
-    void serve_client(const std::shared_ptr<TcpClient>& client) {
-        while (auto message = read_frame(client->fd, Clock::now() + idle_limit)) {
-            if (message->size() < header_size) return;  // this stream is out of step
-            const Turn turn{client, client->in_flight.take(Time::max())};
-            take(std::move(*message), true, [turn](const Bytes& answer) {
-                const Bytes framed = frame(answer);
-                std::lock_guard lock(turn.client->writing);
-                const int fd = turn.client->fd;
-                if (send(fd, framed.data(), framed.size(), MSG_NOSIGNAL) != ssize_t(framed.size()))
-                    shutdown(fd, SHUT_RDWR);  // gone, or it does not read: this stream is cut
-            });
-        }
-    }
-
-    // [1] and [2] in the thread that received the query; the other steps in one of their own.
-    void take(Bytes octets, bool tcp, const Send& send) {
-        if (stopping_) return;
-        ++taken_[tcp];
-        auto query = std::make_shared<Query>(std::move(octets), tcp, settings_.verbose,
-                                             milliseconds(settings_.timeout));
-        query->tell(1, text("%zu octets over %s", query->octets.size(), tcp ? "TCP" : "UDP"));
-        query->show("query", query->octets);
-        const Verdict verdict = judge(*query);
-        query->tell(2, verdict.why);
-        if (verdict.action == Verdict::Silence) return;
-        if (verdict.action == Verdict::Answer)
-            return finish(*query, send, {reply(*query, verdict.rcode), false, verdict.why});
-        // A TCP client can wait, and then sends no more. A UDP query is never silently lost.
-        Slots::Permit permit = queries_.take(tcp ? query->deadline : Time{});
-        if (!permit || !detach([this, query, send, permit = std::move(permit)]() mutable {
-                Outcome outcome = resolve(*query);
-                finish(*query, send, outcome);
-                permit.reset();
-                restock(std::move(outcome));
-            }))
-            finish(*query, send, {reply(*query, SERVFAIL, 0), false, "too many queries in flight"});
-    }
-
-    void finish(const Query& query, const Send& send, const Outcome& outcome) {
-        send(outcome.octets);
-        ++ended_[outcome.good];
-        if (settings_.quiet) return;
-        say(text("%s %s %s %s %zu octets %.1f ms%s %s", outcome.good ? "SUCCESS" : "FAILURE",
-                 query.tcp ? "tcp" : "udp", type_name(query.type()).c_str(),
-                 rcode_name(outcome.octets[3] & 15).c_str(), outcome.octets.size(),
-                 ms(Clock::now() - query.taken), outcome.good ? "" : ":", outcome.detail.c_str()));
-    }
-
-    const Settings settings_;
-    Slots queries_, clients_{most_clients};
-    std::atomic<bool> stopping_{false};
-    std::atomic<unsigned> taken_[2]{}, ended_[2]{};  // over UDP and TCP; badly and well
+// Where a UDP query came from, and in `control` which of our addresses it asked.
+struct Sender {
+    sockaddr_storage address;
+    alignas(cmsghdr) char control[64];
+    msghdr header;
 };
+
+static void serve_udp(int fd) {
+    for (Bytes buffer(longest_message);;) {
+        auto sender = std::make_shared<Sender>();
+        iovec octets{buffer.data(), buffer.size()};
+        sender->header = {&sender->address, sizeof sender->address, &octets, 1,
+                          sender->control, sizeof sender->control, 0};
+        const ssize_t size = recvmsg(fd, &sender->header, 0);
+        if (size < 0) continue;  // an ICMP error for an answer sent before; nothing to do
+        take({buffer.begin(), buffer.begin() + size}, false, [fd, sender](Bytes answer) {
+            iovec octets{answer.data(), answer.size()};
+            sender->header.msg_iov = &octets;
+            // UDP may lose an answer, as when a buffer is full: the client asks again.
+            (void)!sendmsg(fd, &sender->header, MSG_DONTWAIT);
+        });
+    }
+}
+
+struct TcpClient {
+    TcpClient(int fd, Permit permit) : fd(fd), permit(std::move(permit)) {
+        sem_init(&in_flight, 0, most_queries_of_client);
+    }
+    ~TcpClient() { close(fd); }
+    const int fd;
+    const Permit permit;
+    sem_t in_flight;
+    std::mutex writing;  // guards the order of octets to fd
+};
+
+static void serve_client(const std::shared_ptr<TcpClient>& client) {
+    while (auto message = read_frame(client->fd, Clock::now() + idle_limit)) {
+        sem_wait(&client->in_flight);
+        const bool in_step = take(std::move(*message), true, [client](const Bytes& answer) {
+            const Bytes framed = frame(answer);
+            {
+                std::lock_guard lock(client->writing);
+                if (send(client->fd, framed.data(), framed.size(), MSG_NOSIGNAL) < ssize_t(framed.size()))
+                    shutdown(client->fd, SHUT_RDWR);  // gone, or it does not read: this stream is cut
+            }
+            sem_post(&client->in_flight);
+        });
+        if (!in_step) return;
+    }
+}
+
+static void serve_tcp(int listener) {
+    for (;;) {
+        Permit permit = take_slot(client_slots, true);  // until then they wait in the backlog
+        const int fd = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC);
+        if (fd < 0) {  // out of open files, say: others will be closed
+            std::this_thread::sleep_for(milliseconds(20));
+            continue;
+        }
+        auto client = std::make_shared<TcpClient>(fd, std::move(permit));
+        const timeval limit{idle_limit.count(), 0};  // on Linux, for one whole send()
+        setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
+        set(fd, IPPROTO_TCP, TCP_NODELAY, 1);
+        detach([client] { serve_client(client); });
+    }
+}
+
+static void print_totals() {
+    say(text("TOTALS udp=%u tcp=%u success=%u failure=%u", taken[0].load(), taken[1].load(),
+             ended[true].load(), ended[false].load()));
+}
 
 // ---- main --------------------------------------------------------------------------------------
 
-static int run(const Settings& settings) {
+static int run() {
     mallopt(M_ARENA_MAX, 2);  // glibc would keep eight for each core, each as large as its peak
-    prepare(settings);
+    prepare();
     std::vector<Address> addresses;
     for (auto& one : settings.listen) addresses.push_back(parse_address(one, 53));
     rlimit files{};
     getrlimit(RLIMIT_NOFILE, &files);
     files.rlim_cur = files.rlim_max;
     setrlimit(RLIMIT_NOFILE, &files);  // if it fails, there are as many as there were
-    // For the life of the process: threads still use it when main returns.
-    static Server server(settings);
     std::vector<int> udp, tcp;
     for (auto& address : addresses) {
         udp.push_back(open_listener(address, SOCK_DGRAM));
         tcp.push_back(open_listener(address, SOCK_STREAM));
     }
+    sem_init(&query_slots, 0, unsigned(settings.queries));
+    sem_init(&client_slots, 0, most_clients);
     sigset_t signals;
     sigemptyset(&signals);
     for (int wanted : {SIGTERM, SIGINT, SIGUSR1}) sigaddset(&signals, wanted);
     pthread_sigmask(SIG_BLOCK, &signals, nullptr);
     signal(SIGPIPE, SIG_IGN);
     std::thread([] { tend(); }).detach();
-    for (int fd : udp) std::thread([fd] { server.serve_udp(fd); }).detach();
-    for (int fd : tcp) std::thread([fd] { server.serve_tcp(fd); }).detach();
+    for (int fd : udp) std::thread(serve_udp, fd).detach();
+    for (int fd : tcp) std::thread(serve_tcp, fd).detach();
     for (int caught = 0; caught != SIGTERM && caught != SIGINT;)
-        if (sigwait(&signals, &caught) == 0 && caught == SIGUSR1) server.print_totals();
-    server.stop();
+        if (sigwait(&signals, &caught) == 0 && caught == SIGUSR1) print_totals();
+    stopping = true;
+    const Time until = Clock::now() + grace;
+    for (int free = 0; free < settings.queries && Clock::now() < until; sem_getvalue(&query_slots, &free))
+        std::this_thread::sleep_for(milliseconds(5));
+    print_totals();
     _exit(0);  // no destructors: listeners and clients still run
 }
 
 int main(int argc, char** argv) try {
-    const auto settings = parse_options(argc, argv);
-    return settings ? run(*settings) : 0;
+    settings = parse_options(argc, argv);
+    return run();
 } catch (const BadOption& e) {
     if (*e.what()) fprintf(stderr, "dot-proxy: %s\n", e.what());
     return 2;
