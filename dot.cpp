@@ -145,8 +145,8 @@ int Query::type() const {
     return asked ? u16(octets, layout.question_end - 4) : 0;
 }
 
-void Query::tell(int step, const std::string& what) const {
-    if (verbosity) say(text("#%u [%d] %7.1f ms  ", number, step, ms(Clock::now() - taken)) + what);
+void Query::print(int step, const std::string& what) const {
+    say(text("#%u [%d] %7.1f ms  ", number, step, ms(Clock::now() - taken)) + what);
 }
 
 void Query::show(const char* title, const Bytes& m) const {
@@ -583,7 +583,7 @@ struct Connection {
             const int one = 1;  // else the tickets' acknowledgement, and so the answer, is 40 ms late
             setsockopt(fd, IPPROTO_TCP, TCP_QUICKACK, &one, sizeof one);
             since = Clock::now();
-            tell(5, text("2 + %zu octets in one record", out_.size() - 2));
+            tell(5, [&] { return text("2 + %zu octets in one record", out_.size() - 2); });
             out_.clear();
             stage = Read;
         }
@@ -594,7 +594,7 @@ struct Connection {
             if (have_ == in.size()) stage = Done;
         }
         if (stage == Done) in.erase(in.begin(), in.begin() + 2);
-        if (stage == Done) tell(6, text("2 + %zu octets", in.size()));
+        if (stage == Done) tell(6, [&] { return text("2 + %zu octets", in.size()); });
         return stage;
     }
 
@@ -604,7 +604,7 @@ struct Connection {
         out_ = frame(message);
         in.resize(2);
         have_ = 0;
-        if (ready) tell(4, how() + ", " + upstream.name + " was verified before");
+        if (ready) tell(4, [&] { return how() + ", " + upstream.name + " was verified before"; });
     }
 
     bool alive() {  // when Idle: the other end has not closed it
@@ -624,7 +624,8 @@ struct Connection {
     }
 
     Stage fail(int step, const std::string& why) {
-        tell(step, why_ = why);
+        tell(step, [&] { return why; });
+        why_ = why;
         return stage = Failed;
     }
 
@@ -661,11 +662,14 @@ private:
         verified = true;
         since = Clock::now();
         upstream.group = int(SSL_get_negotiated_group(ssl.get()));
+        tell(4, [&] { return how() + ", " + upstream.name + " verified, certificate valid until " + valid(); });
+        return stage = Idle;
+    }
+
+    std::string valid() const {
         tm until{};
         ASN1_TIME_to_tm(X509_get0_notAfter(SSL_get0_peer_certificate(ssl.get())), &until);
-        tell(4, text("%s, %s verified, certificate valid until %d-%02d-%02d", how().c_str(),
-                     upstream.name.c_str(), until.tm_year + 1900, until.tm_mon + 1, until.tm_mday));
-        return stage = Idle;
+        return text("%d-%02d-%02d", until.tm_year + 1900, until.tm_mon + 1, until.tm_mday);
     }
 
     Stage again(int result) {  // after an OpenSSL call that did not succeed
@@ -684,8 +688,8 @@ private:
         return fail(step, kind == SSL_ERROR_SYSCALL && error ? strerror(error) : "closed the connection");
     }
 
-    void tell(int step, const std::string& what) const {
-        if (query_) query_->tell(step, upstream.address.str() + " " + what);
+    void tell(int step, auto what) const {
+        if (query_) query_->tell(step, [&] { return upstream.address.str() + " " + what(); });
     }
 
     const Query* query_ = nullptr;
@@ -753,8 +757,8 @@ static bool ended(const Query& query, Connection& one, Outcome& outcome) {
         query.show("answer over TLS", one.in);
         const Layout layout = parse(one.in);
         if (matches(query, one.in, layout)) clean = unpad(query, one.in, layout);
-        if (clean) query.tell(7, text("it matches; %zu -> %zu octets", one.in.size(), clean->size()));
-        else one.fail(7, "sent what is no answer to this query");
+        if (!clean) one.fail(7, "sent what is no answer to this query");
+        else query.tell(7, [&] { return text("%zu -> %zu octets", one.in.size(), clean->size()); });
     }
     outcome.good = clean.has_value();
     outcome.detail = clean ? one.upstream.name + " " + one.how() : one.trouble();
@@ -806,7 +810,7 @@ static void ask(const Query& query, const Bytes& message, Outcome& outcome) {
 
 Outcome resolve(const Query& query) {
     const Bytes message = pad(query);  // [3]
-    query.tell(3, text("%zu -> %zu octets", query.octets.size(), message.size()));
+    query.tell(3, [&] { return text("%zu -> %zu octets", query.octets.size(), message.size()); });
     query.show("query over TLS", message);
     Outcome outcome{{}, false, "every upstream failed a moment ago"};
     ask(query, message, outcome);
@@ -814,8 +818,10 @@ Outcome resolve(const Query& query) {
     const size_t whole = outcome.octets.size();
     if (!query.tcp) outcome.octets = cut(query, outcome.octets, udp_limit(query, size_t(settings.max_udp)));
     const bool was_cut = outcome.octets.size() < whole;  // [8]
-    query.tell(8, text("%s, %zu octets%s", rcode_name(outcome.octets[3] & 15).c_str(),
-                       outcome.octets.size(), was_cut ? ", cut, TC set" : ""));
+    query.tell(8, [&] {
+        const std::string rcode = rcode_name(outcome.octets[3] & 15);
+        return rcode + text(", %zu octets%s", outcome.octets.size(), was_cut ? ", cut, TC set" : "");
+    });
     query.show("answer", outcome.octets);
     return outcome;
 }
@@ -841,6 +847,7 @@ void restock(Outcome used) {
         }
         one.reset();
         for (int i = 0; i < wanted; i++) open(upstream);
+        upstream.tend();  // reads the tickets of the next one now, and not while a client waits
     }
 }
 

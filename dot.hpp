@@ -72,7 +72,8 @@ Layout parse(const Bytes& message);
 struct Query {
     Query(Bytes octets, bool tcp, int verbosity, Clock::duration timeout);
     int type() const;                                          // of the question; 0: there is none
-    void tell(int step, const std::string& what) const;        // a line of the story
+    void tell(int step, auto what) const { if (verbosity) print(step, what()); }  // of the story
+    void print(int step, const std::string& what) const;
     void show(const char* title, const Bytes& message) const;  // the octets, if they are wanted
 
     const Bytes octets;

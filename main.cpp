@@ -181,10 +181,10 @@ static bool take(Bytes octets, bool tcp, const Send& send) {
     ++taken[tcp];
     const milliseconds timeout(settings.timeout);
     auto query = std::make_shared<Query>(std::move(octets), tcp, settings.verbose, timeout);
-    query->tell(1, text("%zu octets over %s", query->octets.size(), tcp ? "TCP" : "UDP"));
+    query->tell(1, [&] { return text("%zu octets, ", query->octets.size()) + (tcp ? "TCP" : "UDP"); });
     query->show("query", query->octets);
     const Verdict verdict = judge(*query);
-    query->tell(2, verdict.why);
+    query->tell(2, [&] { return verdict.why; });
     if (verdict.rcode == silence) return false;
     if (verdict.rcode != forward) {
         finish(*query, send, {reply(*query, verdict.rcode), false, verdict.why});
