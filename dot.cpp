@@ -321,7 +321,7 @@ std::optional<Bytes> read_frame(int fd, Time until) {
     Bytes message(2);
     if (!read_all(fd, message, until)) return std::nullopt;
     message.resize(u16(message, 0));
-    if (!read_all(fd, message, until)) return std::nullopt;
+    if (message.empty() || !read_all(fd, message, until)) return std::nullopt;
     return message;
 }
 
@@ -575,7 +575,7 @@ struct Connection {
         int result = 1;
         if (stage == Handshake) {  // [4]
             if ((result = SSL_do_handshake(ssl.get())) != 1) return again(result);
-            verify();
+            learn();
         }
         if (stage == Idle && !out_.empty()) stage = Send;
         if (stage == Send) {  // [5] RFC 7858 3.3: length and message together, in one record
@@ -653,12 +653,7 @@ private:
         return done;
     }
 
-    // The certificate was judged in the handshake. Is all else right too?
-    Stage verify() {
-        const uint8_t* alpn = nullptr;
-        unsigned size = 0;
-        SSL_get0_alpn_selected(ssl.get(), &alpn, &size);
-        if (size && std::string(alpn, alpn + size) != "dot") return fail(4, "chose another protocol");
+    Stage learn() {  // what the handshake, in which OpenSSL judged the certificate and ALPN, tells
         verified = true;
         since = Clock::now();
         upstream.group = int(SSL_get_negotiated_group(ssl.get()));

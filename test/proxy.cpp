@@ -1,0 +1,1031 @@
+// proxy.cpp - the whole program, black box, between clients and an upstream of the tests' own.
+//
+// Numbers in parentheses are those of the list of requirements in REQUIREMENTS.md.
+#include <netinet/tcp.h>
+#include <openssl/ssl.h>
+
+#include <algorithm>
+#include <set>
+#include <thread>
+
+#include "program.hpp"
+
+using namespace test;
+
+// What most tests need: an upstream, the program in front of it, and at the end a clean exit.
+struct Pair {
+    explicit Pair(const Options& options = {}, const Proxy::Words& more = {}, const Proxy::Words& listen = {"127.0.0.1", "::1"})
+        : upstream(certificates, options), proxy(certificates, {upstream.spec()}, more, listen) {}
+    Certificates certificates;
+    Upstream upstream;
+    Proxy proxy;
+};
+
+static bool contains(const std::string& text, const std::string& words) { return text.find(words) != std::string::npos; }
+
+// The OPT record's option `code` of a query as the upstream saw it.
+static std::map<int, Octets> options_of(const Octets& query, bool* opt = nullptr) {
+    const Answer a(query);
+    if (opt) *opt = a.has_opt;
+    return a.options;
+}
+
+// ---- transport ---------------------------------------------------------------------------------
+
+TEST("transport.udp_and_tcp_over_ipv4_and_ipv6_are_answered_alike") {  // (1)
+    Pair p;
+    const Octets q = make_query("a.test");
+    std::set<Octets> answers;
+    for (const char* to : {"127.0.0.1", "::1"})
+        for (bool tcp : {false, true}) {
+            const auto a = tcp ? p.proxy.tcp(q, 30, to) : p.proxy.udp(q, 30, to);
+            CHECK(a);
+            CHECK(has_address_of(Answer(*a), q));
+            answers.insert(*a);
+        }
+    CHECK_EQ(answers.size(), 1u);
+    p.proxy.stop();
+}
+
+TEST("transport.tcp_needs_no_udp_before_it") {  // (3)
+    Pair p;
+    CHECK(has_address_of(p.proxy.ask(make_query("a.test"), true), make_query("a.test")));
+    p.proxy.stop();
+}
+
+TEST("transport.reply_leaves_from_the_address_that_was_asked") {  // (19)
+    Pair p({}, {}, {"0.0.0.0"});
+    for (const char* to : {"127.0.0.1", "127.0.0.2", "127.1.2.3"})  // the socket is connected: only this
+        CHECK(p.proxy.udp(make_query("a.test"), 30, to));          // address's answers reach it
+    p.proxy.stop();
+    Pair six({}, {}, {"::"});
+    CHECK(six.proxy.udp(make_query("a.test"), 30, "::1"));
+    six.proxy.stop();
+}
+
+TEST("transport.answer_never_crosses_sockets") {  // (2)
+    Pair p;
+    Client udp(SOCK_DGRAM, p.proxy.port), one(SOCK_STREAM, p.proxy.port), two(SOCK_STREAM, p.proxy.port);
+    Client* clients[] = {&udp, &one, &two};
+    for (int i = 0; i < 3; i++) clients[i]->send(make_query("a" + std::to_string(i) + ".test"));  // one id
+    for (int i = 0; i < 3; i++) {
+        const auto a = clients[i]->receive();
+        CHECK(a);
+        CHECK(has_address_of(Answer(*a), make_query("a" + std::to_string(i) + ".test")));
+        CHECK(!clients[i]->readable(0.05));
+    }
+    p.proxy.stop();
+}
+
+TEST("transport.names_case_and_ids_come_back_as_sent") {  // (20, 94)
+    Pair p;
+    for (int id : {0, 0xffff, 0x8001}) {
+        const Octets q = make_query("FoLdEd.TeSt", 1, {}, id);
+        const Answer a = p.proxy.ask(q);
+        CHECK_EQ(a.id(), id);
+        CHECK(std::equal(q.begin() + 12, q.end(), a.octets.begin() + 12));
+        CHECK(p.upstream.seen().queries.back()[13] == 'F' && p.upstream.seen().queries.back()[14] == 'o');
+    }
+    p.proxy.stop();
+}
+
+// ---- framing -----------------------------------------------------------------------------------
+
+TEST("framing.length_over_127") {  // a length octet that is taken for a signed one breaks at 128
+    Pair p;
+    for (int size : {126, 127, 128, 129, 255, 256, 257, 16383, 16384, 16385, 32767, 32768, 65534, 65535}) {  // (21)
+        const auto a = p.proxy.tcp(make_query("size" + std::to_string(size) + ".test"));
+        CHECK(a);
+        CHECK_EQ(a->size(), size_t(size));
+    }
+    p.proxy.stop();
+}
+
+TEST("framing.query_of_65535_octets") {  // (21, 65): no room for padding, so it travels as it is
+    Pair p;
+    Octets q = make_query("a.test", 1, Edns{1232, false, Octets(4, 0)});
+    const int fill = 65535 - int(q.size()) - 4;
+    Octets options{0, 0, 0, 0, 0xfd, 0xe9, uint8_t(fill >> 8), uint8_t(fill)};
+    options.insert(options.end(), size_t(fill), 7);
+    q = make_query("a.test", 1, Edns{1232, false, options});
+    CHECK_EQ(q.size(), 65535u);
+    CHECK(p.proxy.tcp(q));
+    CHECK(p.upstream.seen().queries.back() == q);
+    p.proxy.stop();
+}
+
+TEST("framing.an_octet_at_a_time") {  // (5)
+    Pair p;
+    const Octets q = make_query("a.test");
+    Client c(SOCK_STREAM, p.proxy.port);
+    const int one = 1;
+    setsockopt(c.fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+    c.raw({0});
+    for (size_t i = 0; i <= q.size(); i++) {
+        usleep(3000);
+        c.raw({i ? q[i - 1] : uint8_t(q.size())});
+    }
+    CHECK(c.receive());
+    p.proxy.stop();
+}
+
+TEST("framing.zero_and_short_frames_close_the_connection") {  // (9, 10)
+    Pair p;
+    for (int length : {0, 1, 11}) {
+        Client c(SOCK_STREAM, p.proxy.port);
+        c.raw({0, uint8_t(length)});
+        if (length) c.raw(Octets(length, 0));
+        CHECK(c.closed(10));
+        CHECK(p.proxy.tcp(make_query("a.test")));
+    }
+    p.proxy.stop();
+}
+
+TEST("framing.lengths_that_lie_are_never_answered_with_garbage") {  // (11)
+    Pair p;
+    const Octets q = make_query("a.test");
+    for (int length : {1, 11, 14, int(q.size()) + 16}) {
+        Client c(SOCK_STREAM, p.proxy.port);
+        c.raw({0, uint8_t(length)});
+        c.raw(q);
+        shutdown(c.fd, SHUT_WR);
+        if (const auto a = c.receive(15)) CHECK(Answer(*a).rcode() == 1);
+        CHECK(p.proxy.tcp(q));
+    }
+    p.proxy.stop();
+}
+
+TEST("framing.one_record_holds_length_and_query") {  // (6)
+    Pair p;
+    for (int i = 0; i < 10; i++) CHECK(p.proxy.udp(make_query("a" + std::to_string(i) + ".test")));
+    const Seen seen = p.upstream.seen();
+    CHECK(seen.records.size() >= 10 && seen.records.size() == seen.queries.size());
+    for (size_t i = 0; i < seen.records.size(); i++) CHECK_EQ(seen.records[i], seen.queries[i].size() + 2);
+    p.proxy.stop();
+}
+
+// ---- TCP clients -------------------------------------------------------------------------------
+
+TEST("tcp.pipelined_queries_are_all_answered") {  // (12, 14): also those that share an id
+    Pair p;
+    Client c(SOCK_STREAM, p.proxy.port);
+    Octets all;
+    for (int i = 0; i < 100; i++) {
+        const Octets q = make_query("p" + std::to_string(i) + ".test", 1, {}, i / 2);
+        append16(all, int(q.size()));
+        append(all, q);
+    }
+    c.raw(all);
+    std::multiset<int> ids;
+    for (int i = 0; i < 100; i++) {
+        const auto a = c.receive();
+        CHECK(a);
+        ids.insert(Answer(*a).id());
+    }
+    for (int i = 0; i < 50; i++) CHECK_EQ(ids.count(i), 2u);
+    p.proxy.stop();
+}
+
+TEST("tcp.a_fast_answer_overtakes_a_slow_one") {  // (13)
+    Pair p;
+    Client c(SOCK_STREAM, p.proxy.port);
+    c.send(make_query("slow2000.test", 1, {}, 1));
+    c.send(make_query("a.test", 1, {}, 2));
+    CHECK_EQ(Answer(*c.receive()).id(), 2);
+    CHECK_EQ(Answer(*c.receive()).id(), 1);
+    p.proxy.stop();
+}
+
+TEST("tcp.half_closed_client_gets_its_answer") {  // (16)
+    Pair p;
+    Client c(SOCK_STREAM, p.proxy.port);
+    c.send(make_query("slow300.test"));
+    shutdown(c.fd, SHUT_WR);
+    CHECK(c.receive());
+    CHECK(c.closed(5));
+    p.proxy.stop();
+}
+
+static int open_files(pid_t pid) {
+    std::string out;
+    run("ls /proc/" + std::to_string(pid) + "/fd | wc -l", out);
+    return atoi(out.c_str());
+}
+
+TEST("tcp.clients_that_vanish_leave_nothing_behind") {  // (15, 118)
+    Pair p({}, {"-k", "0"});
+    CHECK(p.proxy.udp(make_query("a.test")));
+    const int before = open_files(p.proxy.pid());
+    for (int i = 0; i < 40; i++) {
+        Client c(SOCK_STREAM, p.proxy.port);
+        c.send(make_query("slow200.test"));
+        const linger now{1, 0};  // half of them with a reset
+        if (i % 2) setsockopt(c.fd, SOL_SOCKET, SO_LINGER, &now, sizeof now);
+    }
+    CHECK(p.proxy.tcp(make_query("a.test")));
+    CHECK(eventually([&] { return open_files(p.proxy.pid()) <= before; }));
+    p.proxy.stop();
+}
+
+TEST("tcp.only_a_whole_query_resets_the_idle_limit") {  // (7, 8): 10 s
+    Pair p;
+    Client silent(SOCK_STREAM, p.proxy.port), drip(SOCK_STREAM, p.proxy.port);
+    const auto start = Clock::now();
+    const Octets q = make_query("a.test");
+    drip.raw({0, uint8_t(q.size())});
+    size_t sent = 0;
+    while (since(start) < 18 && !drip.readable(0.5)) {
+        const uint8_t octet = sent < q.size() - 1 ? q[sent++] : 0;
+        if (sent < q.size() - 1) ::send(drip.fd, &octet, 1, MSG_NOSIGNAL);
+    }
+    CHECK(drip.closed(1));
+    CHECK_WHY(since(start) > 8, std::to_string(since(start)));
+    CHECK(silent.closed(5));
+    CHECK_WHY(since(start) < 20, std::to_string(since(start)));
+    p.proxy.stop();
+}
+
+TEST("tcp.silent_clients_do_not_slow_others_down") {  // (17)
+    Pair p;
+    std::vector<std::unique_ptr<Client>> clients;
+    for (int i = 0; i < 50; i++) clients.push_back(std::make_unique<Client>(SOCK_STREAM, p.proxy.port));
+    clients[0]->raw({0});
+    const auto start = Clock::now();
+    CHECK(p.proxy.udp(make_query("a.test")));
+    CHECK(since(start) < 3);
+    p.proxy.stop();
+}
+
+TEST("tcp.a_client_that_never_reads_is_cut_off") {  // (108)
+    Pair p;
+    Client c(SOCK_STREAM, p.proxy.port);
+    const int small = 4096;
+    setsockopt(c.fd, SOL_SOCKET, SO_RCVBUF, &small, sizeof small);
+    const Octets q = make_query("size65535.test");
+    Octets framed;
+    append16(framed, int(q.size()));
+    append(framed, q);
+    bool cut = false;
+    const auto start = Clock::now();
+    while (!cut && since(start) < 40) {  // it takes what the buffers hold, then nothing for 10 s
+        if (::send(c.fd, framed.data(), framed.size(), MSG_NOSIGNAL | MSG_DONTWAIT) < 0 && errno != EAGAIN) cut = true;
+        usleep(50000);
+    }
+    CHECK(cut);
+    CHECK(p.proxy.tcp(make_query("a.test")));
+    p.proxy.stop();
+}
+
+// ---- judge -------------------------------------------------------------------------------------
+
+TEST("judge.what_is_no_query_is_met_with_silence") {  // (110, 111)
+    Pair p;
+    for (const Octets& m : {Octets{}, Octets(11, 0), make_query("a.test", 1, {}, 1, 0x8180)}) {
+        Client c(SOCK_DGRAM, p.proxy.port);
+        c.send(m);
+        CHECK(!c.readable(0.3));
+    }
+    CHECK(p.proxy.udp(make_query("a.test")));
+    CHECK_EQ(p.upstream.seen().queries.size(), 1u);
+    p.proxy.stop();
+}
+
+TEST("judge.what_is_answered_here_never_reaches_the_resolver") {  // (41, 44, 47, 53, 55, 105, 107)
+    Pair p;
+    const Octets one = make_query("a.test"), two_options = make_query("a.test", 1, Edns{});
+    auto with = [](Octets m, size_t at, int octet) { m[at] = uint8_t(octet); return m; };
+    auto more = [](Octets m, const Octets& tail, size_t count_at) { append(m, tail); m[count_at]++; return m; };
+    const struct { const char* what; Octets query; int rcode; } rows[] = {
+        {"two questions", more(one, {1, 'b', 0, 0, 1, 0, 1}, 5), 1},
+        {"two OPTs", more(two_options, opt_record({}), 11), 1},
+        {"an option past its OPT", make_query("a.test", 1, Edns{1232, false, {0, 3, 0, 9, 1}}), 1},
+        {"an OPT whose owner is not the root", more(one, {1, 'x', 0, 0, 41, 4, 0, 0, 0, 0, 0, 0, 0}, 11), 1},
+        {"a pointer in the question", with(one, 12, 0xc0), 1},
+        {"a label of 64 octets", with(one, 12, 64), 1},
+        {"a record that is announced and missing", with(one, 11, 1), 1},
+        {"a question that is announced and missing", Octets{0x12, 0x34, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0}, 1},
+        {"AXFR", make_query("a.test", 252), 4},
+        {"IXFR", make_query("a.test", 251), 4},
+        {"DSO", make_query("a.test", 1, {}, 7, 6 << 11), 4},
+    };
+    for (auto& row : rows)
+        for (bool tcp : {false, true}) {
+            const Answer a = p.proxy.ask(row.query, tcp);
+            CHECK_WHY(a.rcode() == row.rcode && a.id() == get16(row.query, 0), row.what);
+            CHECK_WHY(!a.tc() && (a.octets[3] & 0xf0) == 0, row.what);  // (54)
+        }
+    CHECK(p.proxy.ask(rows[1].query).has_opt && p.proxy.ask(rows[2].query).has_opt);  // (47)
+    CHECK_EQ(p.upstream.seen().queries.size(), 0u);
+    CHECK_EQ(p.upstream.seen().connections, 0);
+    p.proxy.stop();
+}
+
+TEST("judge.all_else_goes_through") {  // (29, 31, 34, 37, 45, 46, 54, 56)
+    Pair p;
+    std::vector<Octets> rows;
+    for (int opcode : {0, 1, 2, 4, 5, 7, 15}) rows.push_back(make_query("a.test", 1, {}, 7, opcode << 11));
+    for (int flag : {0x0400, 0x0200, 0x0100, 0x0080, 0x0040, 0x0020, 0x0010, 0x07f0})
+        rows.push_back(make_query("a.test", 1, {}, 7, flag));
+    for (int type : {0, 2, 41, 249, 250, 255, 65280}) rows.push_back(make_query("a.test", type));
+    for (int klass : {0, 3, 4, 254, 255, 65280}) rows.push_back(make_query("a.test", 1, {}, 7, 0x0100, klass));
+    rows.push_back(make_query("a.test", 1, Edns{0, true, {0, 100, 0, 3, 'a', 'b', 'c'}, 1, 0x00c0}));
+    Octets empty(12, 0);  // no question, as with a cookie alone (53)
+    empty[11] = 1;
+    append(empty, opt_record(Edns{1232, false, {0, 10, 0, 8, 1, 2, 3, 4, 5, 6, 7, 8}}));
+    rows.push_back(empty);
+    for (const Octets& q : rows) {
+        CHECK(p.proxy.udp(q));
+        const Octets got = p.upstream.seen().queries.back();
+        const Answer want(q), have(got);
+        CHECK(std::equal(q.begin(), q.begin() + 10, got.begin()));
+        CHECK(std::equal(q.begin() + 12, q.begin() + want.question_end, got.begin() + 12));
+        if (want.has_opt)  // version, flags and options as they were, then the padding
+            for (auto& [code, data] : want.options) CHECK(have.options.at(code) == data);
+        if (want.has_opt) CHECK_EQ(have.opt_flags, want.opt_flags);
+    }
+    p.proxy.stop();
+}
+
+TEST("judge.a_signed_query_travels_unchanged") {  // (36): TSIG, and SIG(0)
+    Pair p;
+    for (int type : {250, 24}) {
+        Octets q = make_query("a.test");
+        q[11] = 1;
+        append(q, type == 250 ? wire_name("key.test") : Octets{0});
+        append(q, {0, uint8_t(type), 0, 255, 0, 0, 0, 0, 0, 20});
+        append(q, Octets(20, 0));
+        CHECK(p.proxy.udp(q));
+        CHECK(p.upstream.seen().queries.back() == q);
+    }
+    p.proxy.stop();
+}
+
+// ---- edns and padding --------------------------------------------------------------------------
+
+TEST("padding.query_is_a_multiple_of_128_for_every_name_length") {  // (59, 66)
+    Pair p;
+    for (int length = 1; length <= 240; length += 3) {
+        std::string name;
+        for (int left = length; left > 0; left -= 63) name += std::string(std::min(left, 62), 'n') + ".";
+        for (bool edns : {false, true}) {
+            const Octets q = make_query(name + "test", 1, edns ? std::optional<Edns>(Edns{}) : std::nullopt);
+            CHECK(p.proxy.tcp(q));
+            const Octets got = p.upstream.seen().queries.back();
+            CHECK_EQ(got.size() % 128, 0u);
+            CHECK_EQ(options_of(got).size(), 1u);
+            CHECK_EQ(Answer(got).opt_flags, 0);  // (58): a client without EDNS wants no signatures
+        }
+    }
+    p.proxy.stop();
+}
+
+TEST("padding.a_clients_own_is_resized_and_never_doubled") {  // (60, 61)
+    Pair p;
+    for (int own : {0, 1, 50, 200}) {
+        Octets options{0, 12, 0, uint8_t(own)};
+        options.insert(options.end(), size_t(own), 9);
+        append(options, {0, 100, 0, 1, 'z'});
+        CHECK(p.proxy.udp(make_query("a.test", 1, Edns{1232, false, options})));
+        const Octets got = p.upstream.seen().queries.back();
+        CHECK_EQ(got.size() % 128, 0u);
+        CHECK_EQ(std::count(got.begin(), got.end(), 9), 0);
+        CHECK_EQ(options_of(got).size(), 2u);
+    }
+    p.proxy.stop();
+}
+
+TEST("padding.never_comes_back_to_a_client") {  // (62, 63)
+    Pair p;
+    for (bool tcp : {false, true})
+        for (const Octets& options : {Octets{}, Octets{0, 12, 0, 4, 0, 0, 0, 0}}) {
+            const Answer a = p.proxy.ask(make_query("a.test", 1, Edns{1232, false, options}), tcp);
+            CHECK(a.has_opt && a.options.empty());
+            CHECK_WHY(a.octets.size() < 100, "it is as long as with its padding");
+        }
+    const Answer a = p.proxy.ask(make_query("txt400.test", 16, Edns{512, false, {}}));  // padded to 936
+    CHECK(!a.tc() && a.octets.size() > 400);
+    p.proxy.stop();
+}
+
+TEST("edns.no_opt_to_a_client_without_opt") {  // (42)
+    Pair p;
+    for (const char* name : {"a.test", "always.test"})  // even if the resolver sends one unasked
+        for (bool tcp : {false, true}) CHECK(!p.proxy.ask(make_query(name), tcp).has_opt);
+    p.proxy.stop();
+}
+
+TEST("edns.keepalive_is_between_proxy_and_resolver") {  // (49)
+    Pair p;
+    const Answer a = p.proxy.ask(make_query("keepalive.test", 1, Edns{}), true);
+    CHECK_EQ(a.options.count(11), 0u);
+    CHECK(a.options.at(100) == (Octets{'a', 'b', 'c'}));
+    p.proxy.stop();
+}
+
+TEST("edns.extended_rcode_survives_or_becomes_servfail") {  // (45, 48)
+    Pair p;
+    for (auto [name, low] : {std::pair("badvers.test", 0), std::pair("badcookie.test", 7)}) {
+        const Answer with = p.proxy.ask(make_query(name, 1, Edns{}));
+        CHECK_EQ(with.ext_rcode, 1);
+        CHECK_EQ(with.rcode(), low);
+        CHECK_EQ(p.proxy.ask(make_query(std::string("always") + name)).rcode(), 0);
+    }
+    p.proxy.stop();
+}
+
+TEST("edns.flags_and_errors_of_the_resolver_pass") {  // (51, 58)
+    Pair p;
+    CHECK(p.proxy.ask(make_query("ede.test", 1, Edns{})).options.at(15) == (Octets{0, 22, 'h', 'i'}));
+    for (int flags : {0x0120, 0x0110, 0x0130}) {
+        const Answer a = p.proxy.ask(make_query("ad.test", 1, Edns{1232, true, {}}, 7, flags));
+        CHECK_EQ(a.octets[3] & 0x30, 0x20 | (flags & 0x10));
+    }
+    p.proxy.stop();
+}
+
+// ---- truncation --------------------------------------------------------------------------------
+
+TEST("truncation.answer_fits_what_the_client_takes") {  // (22, 24, 25, 26)
+    Pair p;
+    const struct { const char* name; int size; bool tc; size_t limit; } rows[] = {
+        {"txt450.test", -1, false, 512}, {"txt600.test", -1, true, 512},
+        {"txt450.test", 0, false, 512},  {"txt450.test", 511, false, 512},  // less than 512 means 512
+        {"txt1100.test", 1232, false, 1232}, {"txt1300.test", 1400, true, 1232}, {"txt3000.test", 65535, true, 1232},
+    };
+    for (auto& row : rows) {
+        const Octets q = make_query(row.name, 16, row.size < 0 ? std::nullopt : std::optional<Edns>(Edns{row.size, true, {}}));
+        const Answer a = p.proxy.ask(q);
+        CHECK_WHY(a.tc() == row.tc && a.octets.size() <= row.limit, row.name);
+        CHECK_WHY(a.has_opt == (row.size >= 0), row.name);  // (23): the cut one too
+        CHECK_WHY(!a.tc() || (a.count(0) == 1 && a.count(1) == 0), row.name);
+        CHECK(!p.proxy.ask(q, true).tc());
+    }
+    p.proxy.stop();
+    Pair wide({}, {"--max-udp", "4096"});
+    CHECK(!wide.proxy.ask(make_query("txt3000.test", 16, Edns{4096, false, {}})).tc());  // (35)
+    wide.proxy.stop();
+}
+
+TEST("truncation.tc_of_the_resolver_stays") {  // (22)
+    Pair p;
+    CHECK(p.proxy.ask(make_query("tc.test")).tc());
+    p.proxy.stop();
+}
+
+// ---- tls ---------------------------------------------------------------------------------------
+
+// The upstream's certificate, or another fault of the connection: what the line says of it.
+static void refused(const Options& options, const std::string& words, const std::string& more = "") {
+    Certificates certificates;
+    Upstream upstream(certificates, options);
+    Proxy proxy(certificates, {upstream.spec(more)}, {"-t", "3000"});
+    const auto start = Clock::now();
+    const Answer a = proxy.ask(make_query("a.test", 1, Edns{}));
+    CHECK_EQ(a.rcode(), 2);
+    CHECK(a.has_opt && a.options.count(15) == 1);  // (43, 51)
+    CHECK_EQ(a.options.at(15).size(), 2u);         // no text that could tell an address
+    CHECK(since(start) < 10);
+    CHECK_WHY(proxy.prints(words), proxy.out());
+    CHECK(contains(proxy.out(), "FAILURE udp A SERVFAIL"));
+    CHECK_EQ(upstream.seen().queries.size(), 0u);  // not an octet of the query
+    for (uint8_t first : upstream.seen().first_octets) CHECK_EQ(int(first), 0x16);  // (68): TLS and nothing else
+    proxy.stop();
+}
+
+TEST("tls.name_must_be_in_san") { refused({.cert = Cert::CnOnly}, "does not match dot.test"); }  // (74)
+TEST("tls.wrong_name_is_refused") { refused({.cert = Cert::WrongName}, "does not match dot.test"); }  // (75)
+TEST("tls.expired_certificate_is_refused") { refused({.cert = Cert::Expired}, "expired"); }
+TEST("tls.certificate_of_the_future_is_refused") { refused({.cert = Cert::NotYetValid}, "not yet valid"); }
+TEST("tls.unknown_ca_is_refused") { refused({.cert = Cert::UnknownCa}, "issuer"); }
+TEST("tls.self_signed_certificate_is_refused") { refused({.cert = Cert::SelfSigned}, "self-signed"); }
+TEST("tls.certificate_for_clients_is_refused") { refused({.cert = Cert::ClientOnly}, "purpose"); }
+TEST("tls.version_1_1_is_refused") { refused({.max_version = TLS1_1_VERSION}, "TLS failed"); }  // (69)
+TEST("tls.another_alpn_is_refused") { refused({.alpn = "h2"}, "TLS failed"); }  // (72)
+TEST("tls.a_resolver_without_tls_is_refused") { refused({.accept = Options::Plaintext}, "TLS failed"); }
+TEST("tls.reset_in_the_handshake") { refused({.accept = Options::Reset}, "reset"); }
+TEST("tls.close_in_the_handshake") { refused({.accept = Options::Close}, "@"); }
+TEST("tls.handshake_that_never_ends") { refused({.accept = Options::Hang}, "no TLS connection in time"); }
+
+TEST("tls.refused_connection_is_told_as_such") {
+    Certificates certificates;
+    Proxy proxy(certificates, {"127.0.0.1@" + std::to_string(free_port()) + "#dot.test"});
+    CHECK_EQ(proxy.ask(make_query("a.test")).rcode(), 2);
+    CHECK(proxy.prints("refused"));
+    proxy.stop();
+}
+
+TEST("tls.wildcard_of_one_label_is_accepted") {  // (75)
+    Certificates certificates;
+    Upstream upstream(certificates, {.cert = Cert::Wildcard});
+    for (auto [name, rcode] : {std::pair("dot.lab.test", 0), std::pair("a.dot.lab.test", 2), std::pair("lab.test", 2)}) {
+        Proxy proxy(certificates, {"127.0.0.1@" + std::to_string(upstream.port()) + "#" + name});
+        CHECK_EQ(proxy.ask(make_query("a.test")).rcode(), rcode);
+        proxy.stop();
+    }
+}
+
+TEST("tls.pins") {  // (79, 80): name and pin must both hold
+    Certificates certificates;
+    const std::string right = ",pin-sha256=" + certificates.pin(Cert::Good), wrong = ",pin-sha256=" + certificates.pin(Cert::Backup);
+    const struct { Cert cert; std::string pins; bool good; } rows[] = {
+        {Cert::Good, right, true}, {Cert::Good, wrong + right, true}, {Cert::Good, right + wrong, true},
+        {Cert::Good, wrong, false}, {Cert::Backup, right + wrong, true},
+        {Cert::WrongName, ",pin-sha256=" + certificates.pin(Cert::WrongName), false},
+        {Cert::UnknownCa, ",pin-sha256=" + certificates.pin(Cert::UnknownCa), false},
+    };
+    for (auto& row : rows) {
+        Upstream upstream(certificates, {.cert = row.cert});
+        Proxy proxy(certificates, {upstream.spec(row.pins)});
+        CHECK_EQ(proxy.ask(make_query("a.test")).rcode(), row.good ? 0 : 2);
+        CHECK_EQ(upstream.seen().queries.size(), row.good ? 1u : 0u);
+        if (row.cert == Cert::Good && !row.good) CHECK_WHY(proxy.prints("pinned"), proxy.out());
+        proxy.stop();
+    }
+}
+
+TEST("tls.resumption_on_every_connection_but_the_first") {  // (82)
+    for (int version : {TLS1_3_VERSION, TLS1_2_VERSION}) {
+        Pair p({.max_version = version}, {"-k", "0"});
+        for (int i = 0; i < 20; i++) CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
+        CHECK_EQ(p.upstream.seen().connections, 20);
+        CHECK_EQ(p.upstream.seen().resumed, 19);
+        p.proxy.stop();
+    }
+}
+
+TEST("tls.a_ticket_is_never_used_twice") {  // (83): 200 queries at once
+    Pair p({}, {"-q"});
+    std::vector<std::thread> clients;
+    std::atomic<int> good{0};
+    for (int c = 0; c < 20; c++)
+        clients.emplace_back([&, c] {
+            for (int i = 0; i < 10; i++) {
+                const auto a = p.proxy.udp(make_query("t" + std::to_string(100 * c + i) + ".test"));
+                good += a && Answer(*a).rcode() == 0;
+            }
+        });
+    for (auto& c : clients) c.join();
+    CHECK_EQ(good.load(), 200);
+    const auto tickets = p.upstream.seen().tickets;
+    CHECK(tickets.size() > 20);
+    CHECK_EQ(std::set<std::string>(tickets.begin(), tickets.end()).size(), tickets.size());
+    p.proxy.stop();
+}
+
+TEST("tls.rejected_ticket_costs_no_answer") {  // (85): the resolver was started anew
+    Certificates certificates;
+    auto first = std::make_unique<Upstream>(certificates);
+    const int port = first->port();
+    Proxy proxy(certificates, {first->spec()}, {"-k", "0"});
+    CHECK_EQ(proxy.ask(make_query("a.test")).rcode(), 0);
+    first.reset();
+    Upstream second(certificates, {.port = port});
+    CHECK_EQ(proxy.ask(make_query("a.test")).rcode(), 0);
+    CHECK(second.seen().tickets.size() == 1 && second.seen().resumed == 0);
+    proxy.stop();
+}
+
+TEST("tls.sni_alpn_and_no_early_data") {  // (72, 73, 88)
+    Pair p;
+    for (int i = 0; i < 5; i++) CHECK(p.proxy.udp(make_query("a.test")));
+    const Seen seen = p.upstream.seen();
+    for (auto& name : seen.names) CHECK_EQ(name, "dot.test");
+    for (auto& alpn : seen.alpns) CHECK_EQ(alpn, "dot");
+    CHECK_EQ(seen.early_data, 0);
+    p.proxy.stop();
+}
+
+TEST("tls.alpn_is_not_asked_of_the_resolver") {  // (72)
+    Pair p({.alpn = ""});
+    CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
+    p.proxy.stop();
+}
+
+TEST("tls.a_second_hello_happens_once") {  // (86): the group is remembered
+    Pair p({.groups = "P-384"}, {"-k", "0"});
+    for (int i = 0; i < 5; i++) CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
+    const Seen seen = p.upstream.seen();  // a second hello is seen as another hello of the same handshake
+    CHECK_EQ(seen.names.size(), 6u);
+    CHECK_EQ(seen.handshakes, 5);
+    p.proxy.stop();
+}
+
+TEST("tls.key_update_and_many_tickets_are_no_trouble") {  // (71)
+    Pair p({.tickets = 20});
+    for (const char* name : {"keyupdate.test", "a.test"}) CHECK_EQ(p.proxy.ask(make_query(name)).rcode(), 0);
+    p.proxy.stop();
+}
+
+// ---- match and faults --------------------------------------------------------------------------
+
+TEST("match.what_is_no_answer_to_the_query_is_not_relayed") {  // (92, 93, 95, 116)
+    Pair p;
+    for (const char* fault : {"wrongid", "wrongname", "wrongtype", "wrongclass", "query", "headeronly", "short"}) {
+        const size_t before = p.upstream.seen().queries.size();
+        const Answer a = p.proxy.ask(make_query(std::string(fault) + ".test"));
+        CHECK_WHY(a.rcode() == 2 && a.count(1) == 0, fault);
+        CHECK_WHY(p.upstream.seen().queries.size() - before <= 3, fault);  // (96, S21)
+        CHECK_WHY(p.proxy.prints("no answer to this query"), fault);
+    }
+    for (auto [name, rcode] : {std::pair("refused.test", 5), std::pair("formerr.test", 1), std::pair("servfail.test", 2)})
+        CHECK_EQ(p.proxy.ask(make_query(name)).rcode(), rcode);  // an error may come without the question
+    p.proxy.stop();
+}
+
+TEST("faults.each_ends_in_servfail_in_time_and_the_next_query_is_answered") {  // (97, 98)
+    Pair p({}, {"-t", "1500"});
+    const struct { const char *name, *words; } rows[] = {
+        {"close", "closed the connection"}, {"reset", "reset"}, {"cut", "TLS failed"},
+        {"cutclean", "closed the connection"}, {"halflength", "TLS failed"}, {"silent", "in time"},
+        {"drip", "in time"}, {"garbage", "in time"}, {"zero", "no answer to this query"},
+        {"five", "no answer to this query"}, {"long", "in time"},
+    };
+    for (auto& row : rows) {
+        const auto start = Clock::now();
+        const Answer a = p.proxy.ask(make_query(std::string(row.name) + ".test", 1, Edns{}));
+        CHECK_WHY(a.rcode() == 2 && a.count(1) == 0 && a.has_opt, row.name);
+        CHECK_WHY(since(start) < 10, row.name);
+        CHECK_WHY(p.proxy.prints(row.words), std::string(row.name) + ": " + p.proxy.out());
+        CHECK_WHY(p.proxy.ask(make_query("a.test")).rcode() == 0, row.name);
+    }
+    p.proxy.stop();
+}
+
+TEST("faults.a_drip_ends_on_the_deadline") {
+    Pair p({}, {"-t", "1000"});
+    for (bool tcp : {false, true}) {
+        const auto start = Clock::now();
+        CHECK_EQ(p.proxy.ask(make_query("drip.test"), tcp).rcode(), 2);
+        CHECK_WHY(since(start) > 0.9 && since(start) < 4, std::to_string(since(start)));
+    }
+    p.proxy.stop();
+}
+
+TEST("faults.those_that_are_none_are_answered") {  // (71, 87, 97)
+    Pair p;
+    for (const char* name : {"dripped", "two", "unclean", "slow300", "noopt", "keyupdate"}) {
+        const Octets q = make_query(std::string(name) + ".test", 1, Edns{});
+        const Answer a = p.proxy.ask(q);
+        CHECK_WHY(a.rcode() == 0 && has_address_of(a, q), name);
+    }
+    p.proxy.stop();
+}
+
+TEST("faults.not_an_octet_of_a_broken_answer_is_relayed") {  // (100): cut at every place
+    Pair p({}, {"-q"});
+    const Octets q = make_query("cutat0.test");
+    const size_t whole = p.proxy.ask(make_query("a.test")).octets.size() + 2 + 5 + 5;
+    for (size_t at = 0; at < whole; at += 3) {
+        const Answer a = p.proxy.ask(make_query("cutat" + std::to_string(at) + ".test"));
+        CHECK_WHY(a.rcode() == 2 && a.count(1) == 0, std::to_string(at));
+    }
+    CHECK_EQ(p.proxy.ask(make_query("cutat999.test")).rcode(), 0);
+    p.proxy.stop();
+}
+
+TEST("faults.a_query_is_tried_three_times_at_most") {  // (96)
+    Pair p;
+    CHECK_EQ(p.proxy.ask(make_query("close2.test")).rcode(), 0);
+    CHECK_EQ(p.upstream.seen().queries.size(), 3u);
+    CHECK_EQ(p.proxy.ask(make_query("close5.test")).rcode(), 2);
+    CHECK_EQ(p.upstream.seen().queries.size(), 6u);
+    p.proxy.stop();
+}
+
+// ---- failover ----------------------------------------------------------------------------------
+
+TEST("failover.the_next_upstream_answers") {
+    const Options faults[] = {{.accept = Options::Close}, {.accept = Options::Hang}, {.cert = Cert::Expired}, {.deaf = true}};
+    for (const Options& fault : faults) {
+        Certificates certificates;
+        Upstream bad(certificates, fault), good(certificates);
+        Proxy proxy(certificates, {bad.spec(), good.spec()});
+        for (int i = 0; i < 8; i++) CHECK_EQ(proxy.ask(make_query("a.test")).rcode(), 0);
+        CHECK(good.seen().queries.size() >= 8);
+        proxy.stop();
+    }
+    Certificates certificates;  // nobody listens
+    Upstream good(certificates);
+    Proxy proxy(certificates, {"127.0.0.1@" + std::to_string(free_port()) + "#dot.test", good.spec()});
+    CHECK_EQ(proxy.ask(make_query("a.test")).rcode(), 0);
+    proxy.stop();
+}
+
+TEST("failover.never_to_a_server_that_is_not_authenticated") {  // (77)
+    Certificates certificates;
+    Upstream one(certificates, {.cert = Cert::Expired}), two(certificates, {.accept = Options::Plaintext});
+    Proxy proxy(certificates, {one.spec(), two.spec()});
+    CHECK_EQ(proxy.ask(make_query("a.test")).rcode(), 2);
+    CHECK_EQ(one.seen().queries.size() + two.seen().queries.size(), 0u);
+    proxy.stop();
+}
+
+TEST("failover.an_upstream_that_failed_rests_and_comes_back") {  // (91, 99)
+    Certificates certificates;
+    auto bad = std::make_unique<Upstream>(certificates, Options{.cert = Cert::Expired});
+    const int port = bad->port();
+    Proxy proxy(certificates, {bad->spec()});
+    const auto start = Clock::now();
+    int asked = 0;
+    for (; since(start) < 2; asked++) {
+        const auto one = Clock::now();
+        CHECK_EQ(proxy.ask(make_query("a.test")).rcode(), 2);
+        CHECK(since(one) < 3);  // at once, not after the deadline
+        usleep(10000);
+    }
+    CHECK_WHY(bad->seen().connections * 5 < asked, std::to_string(bad->seen().connections));
+    bad.reset();
+    Upstream good(certificates, {.port = port});
+    CHECK(eventually([&] { return proxy.ask(make_query("a.test")).rcode() == 0; }, 30));
+    proxy.stop();
+}
+
+TEST("failover.upstream_over_ipv6") {
+    Pair p({.address = "::1"});
+    CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
+    p.proxy.stop();
+}
+
+TEST("failover.an_address_that_leads_nowhere_costs_no_more_than_the_race") {  // (101, 103)
+    Certificates certificates;
+    Upstream nowhere(certificates, {.accept = Options::Hang, .address = "::1"}), good(certificates);
+    Proxy proxy(certificates, {nowhere.spec(), good.spec()});
+    for (int i = 0; i < 10; i++) {
+        const auto start = Clock::now();
+        CHECK_EQ(proxy.ask(make_query("a.test")).rcode(), 0);
+        CHECK_WHY(since(start) < 2.5, std::to_string(since(start)));  // 250 ms, and a slow machine
+    }
+    proxy.stop();
+}
+
+// ---- ready connections and the race ------------------------------------------------------------
+
+static int parked(const Upstream& u) { return u.seen().open; }
+
+TEST("ready.a_query_takes_a_connection_that_waits_for_it") {
+    Pair p;
+    CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
+    CHECK(eventually([&] { return parked(p.upstream) >= 2; }));  // a miss parks two
+    for (int i = 0; i < 5; i++) {
+        CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
+        usleep(200000);
+    }
+    CHECK(contains(p.proxy.out(), "resumed ready"));
+    CHECK(eventually([&] {  // each query had a connection of its own, and the others wait
+        const Seen seen = p.upstream.seen();
+        return seen.handshakes == int(seen.queries.size()) + seen.open && seen.open >= 2;
+    }));
+    p.proxy.stop();
+}
+
+TEST("ready.no_connection_before_the_first_query") {
+    Pair p;
+    usleep(700000);
+    CHECK_EQ(p.upstream.seen().connections, 0);
+    p.proxy.stop();
+}
+
+TEST("ready.a_parked_connection_that_died_costs_nothing") {
+    Certificates certificates;
+    auto upstream = std::make_unique<Upstream>(certificates);
+    const int port = upstream->port();
+    Proxy proxy(certificates, {upstream->spec()}, {"-v"});
+    CHECK_EQ(proxy.ask(make_query("a.test")).rcode(), 0);
+    CHECK(eventually([&] { return parked(*upstream) >= 2; }));
+    upstream.reset();
+    Upstream again(certificates, {.port = port});
+    CHECK_EQ(proxy.ask(make_query("b.test")).rcode(), 0);
+    CHECK(!contains(proxy.out(), "FAILURE"));
+    proxy.stop();
+}
+
+TEST("ready.the_bound_holds") {
+    Pair p({.delay_ms = 200}, {"-k", "3", "-q"});
+    std::vector<std::thread> clients;
+    for (int c = 0; c < 20; c++)
+        clients.emplace_back([&, c] { p.proxy.udp(make_query("b" + std::to_string(c) + ".test")); });
+    for (auto& c : clients) c.join();
+    usleep(300000);
+    CHECK(eventually([&] { return parked(p.upstream) <= 3; }));
+    p.proxy.stop();
+}
+
+TEST("ready.k_0_dials_when_asked") {
+    Pair p({}, {"-k", "0"});
+    for (int i = 0; i < 4; i++) CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
+    CHECK_EQ(p.upstream.seen().connections, 4);
+    CHECK(eventually([&] { return parked(p.upstream) == 0; }));
+    p.proxy.stop();
+}
+
+TEST("ready.the_resolvers_idle_limit_is_learnt") {
+    Pair p({.idle_ms = 2000}, {"-q"});
+    CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
+    usleep(6500000);  // several limits later there are still two that live
+    const int before = p.upstream.seen().connections;
+    CHECK(eventually([&] { return parked(p.upstream) >= 1; }, 3));
+    const auto start = Clock::now();
+    CHECK_EQ(p.proxy.ask(make_query("b.test")).rcode(), 0);
+    CHECK(since(start) < 3);
+    CHECK_WHY(before <= 14, std::to_string(before));
+    p.proxy.stop();
+}
+
+TEST("race.answers_when_the_first_connection_goes_silent") {
+    Pair p({}, {"-t", "4000"});
+    for (int i = 0; i < 5; i++) CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
+    const auto start = Clock::now();
+    CHECK_EQ(p.proxy.ask(make_query("silent1.test")).rcode(), 0);  // silent once for this name
+    CHECK_WHY(since(start) < 2, std::to_string(since(start)));
+    CHECK_EQ(Answer(*p.proxy.udp(make_query("silent2.test"))).rcode(), 0);
+    CHECK_EQ(p.upstream.seen().queries.size(), 10u);
+    p.proxy.stop();
+}
+
+TEST("race.a_raced_query_is_answered_once") {
+    Pair p;
+    for (int i = 0; i < 5; i++) CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
+    Client c(SOCK_DGRAM, p.proxy.port);
+    c.send(make_query("slow700.test"));
+    CHECK(c.receive());
+    CHECK(!c.readable(1));
+    CHECK(p.upstream.seen().queries.size() <= 8u);  // never more than three tries
+    p.proxy.stop();
+}
+
+TEST("race.the_budget_stops_a_storm_when_all_answers_are_slow") {
+    Pair p({}, {"-q"});
+    for (int i = 0; i < 10; i++) CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
+    p.upstream.set({.delay_ms = 400});
+    std::vector<std::thread> clients;
+    for (int c = 0; c < 20; c++)
+        clients.emplace_back([&, c] {
+            for (int i = 0; i < 10; i++) p.proxy.udp(make_query("s" + std::to_string(c * 10 + i) + ".test"));
+        });
+    for (auto& c : clients) c.join();
+    const size_t queries = p.upstream.seen().queries.size() - 10;
+    CHECK_WHY(queries >= 200 && queries <= 200 + 20 + 21 + 2, std::to_string(queries));
+    p.proxy.stop();
+}
+
+TEST("reuse.one_connection_serves_many_queries_one_at_a_time") {
+    Pair p({}, {"--reuse"});
+    for (int i = 0; i < 20; i++) {
+        const Octets q = make_query("r" + std::to_string(i) + ".test");
+        CHECK(has_address_of(p.proxy.ask(q, i % 2), q));
+    }
+    CHECK_WHY(p.upstream.seen().connections <= 3, std::to_string(p.upstream.seen().connections));
+    p.proxy.stop();
+}
+
+// ---- concurrency -------------------------------------------------------------------------------
+
+static void a_thousand_at_once(const Proxy::Words& options) {
+    Pair p({}, options);
+    std::vector<std::thread> clients;
+    std::atomic<int> right{0};
+    for (int c = 0; c < 50; c++)
+        clients.emplace_back([&, c] {
+            Client client(c % 2 ? SOCK_STREAM : SOCK_DGRAM, p.proxy.port);
+            std::map<int, Octets> open;
+            for (int i = 0; i < 20; i++) {
+                open[i] = make_query("c" + std::to_string(c) + "-" + std::to_string(i) + ".test", 1, {}, i);
+                client.send(open[i]);
+            }
+            while (!open.empty()) {
+                const auto m = client.receive(60);
+                if (!m) return;
+                const Answer a(*m);
+                if (open.count(a.id()) && a.rcode() == 0 && has_address_of(a, open[a.id()])) right++;
+                open.erase(a.id());
+            }
+        });
+    for (auto& c : clients) c.join();
+    CHECK_EQ(right.load(), 1000);
+    p.proxy.stop();
+}
+TEST("concurrency.a_thousand_queries_at_once_each_get_their_own_answer") { a_thousand_at_once({"-q", "-n", "1000", "-t", "50000"}); }  // (S16)
+TEST("concurrency.a_thousand_at_once_with_reuse") { a_thousand_at_once({"-q", "-R", "-n", "1000", "-t", "50000"}); }
+
+TEST("concurrency.without_a_slot_udp_is_answered_at_once_and_tcp_waits") {  // (114)
+    Pair p({.delay_ms = 1000}, {"-n", "2"});
+    Client udp(SOCK_DGRAM, p.proxy.port), tcp(SOCK_STREAM, p.proxy.port);
+    for (int i = 0; i < 6; i++) udp.send(make_query("u" + std::to_string(i) + ".test", 1, {}, i));
+    int servfail = 0;
+    for (int i = 0; i < 6; i++) {
+        const auto a = udp.receive();
+        CHECK(a);
+        servfail += Answer(*a).rcode() == 2;
+    }
+    CHECK_EQ(servfail, 4);
+    CHECK(p.proxy.prints("too many queries"));
+    for (int i = 0; i < 6; i++) tcp.send(make_query("t" + std::to_string(i) + ".test", 1, {}, i));
+    for (int i = 0; i < 6; i++) CHECK_EQ(Answer(*tcp.receive()).rcode(), 0);
+    p.proxy.stop();
+}
+
+// ---- process and options -----------------------------------------------------------------------
+
+TEST("process.sigterm_finishes_queries_in_flight") {  // (117)
+    Pair p;
+    Client c(SOCK_DGRAM, p.proxy.port);
+    c.send(make_query("slow800.test"));
+    CHECK(eventually([&] { return p.upstream.seen().queries.size() == 1; }));
+    const auto start = Clock::now();
+    CHECK_EQ(p.proxy.process().end(SIGTERM), 0);
+    CHECK(since(start) < 10);
+    CHECK_EQ(Answer(*c.receive(1)).rcode(), 0);
+    CHECK(contains(p.proxy.out(), "TOTALS udp=1 tcp=0 success=1"));
+}
+
+TEST("process.sigint_and_totals") {
+    Pair p;
+    CHECK(p.proxy.tcp(make_query("a.test")));
+    kill(p.proxy.pid(), SIGUSR1);
+    CHECK(p.proxy.prints("TOTALS udp=0 tcp=1 success=1 failure=0"));
+    CHECK(p.proxy.udp(make_query("a.test")));
+    CHECK_EQ(p.proxy.process().end(SIGINT), 0);
+}
+
+TEST("process.few_open_files_are_survived") {  // (18)
+    Certificates certificates;
+    Upstream upstream(certificates);
+    TempDir dir;
+    const std::string script = dir.path + "/few";
+    std::ofstream(script) << "#!/bin/sh\nulimit -n 40\nexec " << environment("PROXY") << " \"$@\"\n";
+    chmod(script.c_str(), 0700);
+    setenv("PROXY", script.c_str(), 1);
+    Proxy proxy(certificates, {upstream.spec()}, {"-q"});
+    {
+        std::vector<std::unique_ptr<Client>> clients;
+        for (int i = 0; i < 80; i++) clients.push_back(std::make_unique<Client>(SOCK_STREAM, proxy.port));
+        for (int i = 0; i < 5; i++) proxy.udp(make_query("a.test"), 1);
+        CHECK(proxy.process().running());
+    }
+    CHECK(eventually([&] { const auto a = proxy.udp(make_query("a.test"), 2); return a && Answer(*a).rcode() == 0; }));
+    CHECK(proxy.tcp(make_query("a.test")));
+    proxy.stop();
+}
+
+TEST("process.lines_have_no_names_and_no_addresses") {  // (115)
+    Pair p;
+    CHECK(p.proxy.udp(make_query("secret-name.test", 28)));
+    CHECK(p.proxy.prints("SUCCESS udp AAAA NOERROR"));
+    CHECK(p.proxy.udp(make_query("close-secret.test")));
+    CHECK(p.proxy.prints("FAILURE udp A SERVFAIL"));
+    CHECK(!contains(p.proxy.out(), "secret") && !contains(p.proxy.out(), "127.0.0.1@" + std::to_string(p.proxy.port)));
+    p.proxy.stop();
+}
+
+TEST("process.verbose_tells_the_eight_steps") {
+    Pair p({}, {"-v"});
+    CHECK(p.proxy.udp(make_query("a.test")));
+    CHECK(p.proxy.prints("SUCCESS"));
+    for (const char* step : {"[1]", "[2]", "[3]", "[4]", "[5]", "[6]", "[7]", "[8]"}) CHECK_WHY(contains(p.proxy.out(), step), step);
+    CHECK(contains(p.proxy.out(), "24 -> 128 octets") && contains(p.proxy.out(), "2 + 128 octets in one record"));
+    p.proxy.stop();
+}
+
+static int program(const std::string& arguments, std::string& output) {
+    return run("timeout 20 " + environment("PROXY") + " " + arguments, output);
+}
+
+TEST("options.bad_ones_end_with_exit_2_and_one_clear_line") {  // (67, 76, 79, 120)
+    const char* rows[] = {
+        "--nonsense", "-x", "extra", "-l", "-l localhost", "-l 127.0.0.1@0", "-l 127.0.0.1@65536", "-l 127.0.0.1@53x",
+        "-u nobody", "-u 192.0.2.1", "-u 192.0.2.1#", "-u 192.0.2.1@53#dot.test", "-u 192.0.2.1#192.0.2.1",
+        "-u 192.0.2.1#dot.test,pin-sha256=short", "-u 192.0.2.1#dot.test,pin=x", "-u cloudflare -u nobody",
+        "-u '192.0.2.1#dot test'", "-c /nonexistent/ca.pem", "-c /dev/null", "-n 0", "-n 1x", "-n -1", "-n ''",
+        "-t 0", "-t 99999999999999999999", "-m 511", "-m 65536", "-k 9999", "--rate 5", "--allow 10.0.0.0/8"};
+    for (const char* row : rows) {
+        std::string out;
+        CHECK_WHY(program(row, out) == 2, std::string(row) + ": " + out);
+        CHECK_WHY(std::count(out.begin(), out.end(), '\n') == 1, std::string(row) + ": " + out);
+    }
+}
+
+TEST("options.port_in_use_ends_with_exit_1_and_the_way_out") {  // (119)
+    Certificates certificates;
+    for (int type : {SOCK_DGRAM, SOCK_STREAM}) {
+        const int port = free_port(), fd = socket(AF_INET, type, 0);
+        sockaddr_in v4{};
+        v4.sin_family = AF_INET;
+        v4.sin_port = htons(uint16_t(port));
+        v4.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+        CHECK(bind(fd, (sockaddr*)&v4, sizeof v4) == 0 && (type == SOCK_DGRAM || listen(fd, 1) == 0));
+        std::string out;
+        CHECK_EQ(program("-l 127.0.0.1@" + std::to_string(port) + " -c " + certificates.ca(), out), 1);
+        CHECK_WHY(contains(out, "port " + std::to_string(port) + " is taken; try --listen 127.0.0.1@5300"), out);
+        close(fd);
+    }
+}
+
+TEST("options.help_and_version") {
+    std::string out;
+    CHECK_EQ(program("--help", out), 0);
+    CHECK(contains(out, "[127.0.0.1@53 ::1@53]") && contains(out, "[512]") && contains(out, "[4000]"));
+    CHECK_EQ(program("-V", out), 0);
+    CHECK(contains(out, "dot-proxy "));
+}
+
+int main(int argc, char** argv) { return check::main(argc, argv); }

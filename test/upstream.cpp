@@ -1,0 +1,507 @@
+// upstream.cpp - see upstream.hpp. One thread for each connection; nothing here is the proxy's code.
+#include "upstream.hpp"
+
+#include <arpa/inet.h>
+#include <netinet/tcp.h>
+#include <openssl/err.h>
+#include <openssl/evp.h>
+#include <openssl/pem.h>
+#include <openssl/ssl.h>
+#include <openssl/x509v3.h>
+#include <poll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <csignal>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <stdexcept>
+
+namespace test {
+
+TempDir::TempDir() {
+    char name[] = "/tmp/dot-proxy-test-XXXXXX";
+    if (!mkdtemp(name)) throw std::runtime_error("mkdtemp");
+    path = name;
+}
+TempDir::~TempDir() {
+    std::error_code ignored;
+    std::filesystem::remove_all(path, ignored);
+}
+
+// ---- Certificates ------------------------------------------------------------------------------
+
+static const struct {
+    Cert kind;
+    const char *file, *cn, *san;  // san: nullptr: none
+    long from, until;             // days from now
+    bool self_signed, other_ca;
+    const char* usage;
+} leaves[] = {
+    {Cert::Good, "good", "dot.test", "DNS:dot.test", -1, 30, false, false, "serverAuth"},
+    {Cert::WrongName, "wrong", "dot.test", "DNS:other.test", -1, 30, false, false, "serverAuth"},
+    {Cert::Expired, "expired", "dot.test", "DNS:dot.test", -30, -1, false, false, "serverAuth"},
+    {Cert::NotYetValid, "early", "dot.test", "DNS:dot.test", 5, 30, false, false, "serverAuth"},
+    {Cert::UnknownCa, "unknown", "dot.test", "DNS:dot.test", -1, 30, false, true, "serverAuth"},
+    {Cert::SelfSigned, "self", "dot.test", "DNS:dot.test", -1, 30, true, false, "serverAuth"},
+    {Cert::CnOnly, "cn", "dot.test", nullptr, -1, 30, false, false, "serverAuth"},
+    {Cert::Wildcard, "wild", "x", "DNS:*.lab.test", -1, 30, false, false, "serverAuth"},
+    {Cert::ClientOnly, "client", "dot.test", "DNS:dot.test", -1, 30, false, false, "clientAuth"},
+    {Cert::Backup, "backup", "dot.test", "DNS:dot.test", -1, 30, false, false, "serverAuth"},
+};
+static const auto& leaf_of(Cert kind) {
+    return *std::find_if(std::begin(leaves), std::end(leaves), [&](auto& l) { return l.kind == kind; });
+}
+
+static void extend(X509* cert, X509* issuer, int nid, const char* value) {
+    X509V3_CTX ctx;
+    X509V3_set_ctx(&ctx, issuer, cert, nullptr, nullptr, 0);
+    X509_EXTENSION* e = X509V3_EXT_conf_nid(nullptr, &ctx, nid, value);
+    if (!e) throw std::runtime_error("extension");
+    X509_add_ext(cert, e, -1);
+    X509_EXTENSION_free(e);
+}
+
+static X509* make_cert(EVP_PKEY* key, const char* cn, long from, long until, X509* issuer) {
+    static std::atomic<long> serial{time(nullptr)};
+    X509* cert = X509_new();
+    X509_set_version(cert, 2);
+    ASN1_INTEGER_set(X509_get_serialNumber(cert), ++serial);
+    X509_gmtime_adj(X509_getm_notBefore(cert), from * 86400);
+    X509_gmtime_adj(X509_getm_notAfter(cert), until * 86400);
+    X509_set_pubkey(cert, key);
+    X509_NAME* name = X509_get_subject_name(cert);
+    X509_NAME_add_entry_by_txt(name, "CN", MBSTRING_ASC, (const uint8_t*)cn, -1, -1, 0);
+    X509_set_issuer_name(cert, issuer ? X509_get_subject_name(issuer) : name);
+    return cert;
+}
+
+static void save(const std::string& path, X509* cert, EVP_PKEY* key) {
+    FILE* f = fopen(path.c_str(), "w");
+    if (!f) throw std::runtime_error(path);
+    if (cert) PEM_write_X509(f, cert);
+    if (key) PEM_write_PrivateKey(f, key, nullptr, nullptr, 0, nullptr, nullptr);
+    fclose(f);
+}
+
+Certificates::Certificates() {
+    EVP_PKEY* keys[2];
+    X509* cas[2];
+    for (int i = 0; i < 2; i++) {
+        keys[i] = EVP_EC_gen("P-256");
+        cas[i] = make_cert(keys[i], i ? "another CA" : "test CA", -40, 40, nullptr);
+        extend(cas[i], cas[i], NID_basic_constraints, "critical,CA:TRUE");
+        X509_sign(cas[i], keys[i], EVP_sha256());
+    }
+    save(ca(), cas[0], nullptr);
+    for (auto& l : leaves) {
+        EVP_PKEY* key = EVP_EC_gen("P-256");
+        X509* issuer = l.self_signed ? nullptr : cas[l.other_ca];
+        X509* cert = make_cert(key, l.cn, l.from, l.until, issuer);
+        if (l.san) extend(cert, issuer ? issuer : cert, NID_subject_alt_name, l.san);
+        extend(cert, issuer ? issuer : cert, NID_ext_key_usage, l.usage);
+        X509_sign(cert, l.self_signed ? key : keys[l.other_ca], EVP_sha256());
+        save(leaf(l.kind), cert, nullptr);
+        save(this->key(l.kind), nullptr, key);
+        X509_free(cert);
+        EVP_PKEY_free(key);
+    }
+    for (int i = 0; i < 2; i++) {
+        X509_free(cas[i]);
+        EVP_PKEY_free(keys[i]);
+    }
+}
+std::string Certificates::leaf(Cert kind) const { return dir.path + "/" + leaf_of(kind).file + ".pem"; }
+std::string Certificates::key(Cert kind) const { return dir.path + "/" + leaf_of(kind).file + ".key"; }
+std::string Certificates::pin(Cert kind) const {
+    FILE* f = fopen(leaf(kind).c_str(), "r");
+    X509* cert = PEM_read_X509(f, nullptr, nullptr, nullptr);
+    fclose(f);
+    uint8_t *der = nullptr, hash[32], text[48];
+    const int size = i2d_X509_PUBKEY(X509_get_X509_PUBKEY(cert), &der);
+    EVP_Digest(der, size, hash, nullptr, EVP_sha256(), nullptr);
+    EVP_EncodeBlock(text, hash, 32);
+    OPENSSL_free(der);
+    X509_free(cert);
+    return (char*)text;
+}
+
+// ---- Answers -----------------------------------------------------------------------------------
+
+static int u16(const Octets& m, size_t at) { return m[at] << 8 | m[at + 1]; }
+static void put16(Octets& m, int v) { m.push_back(uint8_t(v >> 8)); m.push_back(uint8_t(v)); }
+
+struct Question {
+    std::string label;  // the first, in lower case
+    size_t end = 12;
+    int type = 0;
+    bool opt = false, padding = false;
+};
+static Question read_question(const Octets& q) {
+    Question r;
+    if (q.size() < 12 || u16(q, 4) == 0) return r;
+    size_t at = 12;
+    for (int i = 0; i < q[12]; i++) r.label += char(tolower(q[13 + i]));
+    while (at < q.size() && q[at]) at += 1 + q[at];
+    r.type = u16(q, at + 1);
+    r.end = at + 5;
+    for (size_t i = r.end; i + 11 <= q.size() && u16(q, 10) > 0; i += 11 + u16(q, i + 9)) {
+        if (q[i] != 0 || u16(q, i + 1) != 41) continue;
+        r.opt = true;
+        for (size_t o = i + 11; o + 4 <= i + 11 + u16(q, i + 9); o += 4 + u16(q, o + 2))
+            r.padding |= u16(q, o) == 12;
+        break;
+    }
+    return r;
+}
+
+static void add_opt(Octets& a, const Question& question, int ext_rcode, const Octets& options, bool pad) {
+    (void)question;
+    a[11]++;
+    const size_t at = a.size();
+    for (int octet : {0, 0, 41, 4096 >> 8, 4096 & 255, ext_rcode, 0, 0, 0, 0, 0}) a.push_back(uint8_t(octet));
+    a.insert(a.end(), options.begin(), options.end());
+    if (pad) {  // RFC 8467 4.2: to 468
+        const size_t padding = (468 - (a.size() + 4) % 468) % 468;
+        put16(a, 12);
+        put16(a, int(padding));
+        a.insert(a.end(), padding, 0xff);  // any value must be accepted
+    }
+    const size_t length = a.size() - at - 11;
+    a[at + 9] = uint8_t(length >> 8);
+    a[at + 10] = uint8_t(length);
+}
+
+// A record of `type` that owns the question's name. TXT of `size` octets of text.
+static void add_record(Octets& a, int type, const Octets& data) {
+    a[7]++;
+    for (int octet : {0xc0, 0x0c, type >> 8, type & 255, 0, 1, 0, 0, 0, 60}) a.push_back(uint8_t(octet));
+    put16(a, int(data.size()));
+    a.insert(a.end(), data.begin(), data.end());
+}
+
+// An answer to `q`: A has an address made of the name, so that answers can be told apart.
+static Octets answer(const Octets& q, const Question& question, const std::string& key, int number) {
+    Octets a(q.begin(), q.begin() + question.end);
+    a[2] = uint8_t(a[2] | 0x84);
+    a[3] = uint8_t((a[3] & 0x70) | 0x80);
+    std::fill(a.begin() + 6, a.begin() + 12, 0);
+    if (key == "txt") {
+        Octets data;
+        for (int left = number; left > 0; left -= 255) {
+            data.push_back(uint8_t(std::min(left, 255)));
+            data.insert(data.end(), std::min(left, 255), 'x');
+        }
+        add_record(a, 16, data);
+    } else if (key == "size") {  // of the whole message, without OPT
+        add_record(a, 65280, Octets(number - a.size() - 12, 0xc1));
+        return a;
+    } else if (question.type == 1) {
+        uint32_t hash = 2166136261u;
+        for (size_t i = 12; i < question.end - 4; i++) hash = (hash ^ uint32_t(tolower(q[i]))) * 16777619u;
+        add_record(a, 1, {uint8_t(hash >> 24), uint8_t(hash >> 16), uint8_t(hash >> 8), uint8_t(hash)});
+    }
+    Octets options;
+    if (key == "ede") options = {0, 15, 0, 4, 0, 22, 'h', 'i'};
+    if (key == "keepalive") options = {0, 11, 0, 2, 0, 100, 0, 100, 0, 3, 'a', 'b', 'c'};
+    const int ext = key == "badvers" || key == "badcookie" ? 1 : 0;
+    if (key == "badcookie") a[3] |= 7;
+    if ((question.opt && key != "noopt") || key == "always") add_opt(a, question, ext, options, question.padding);
+    if (key == "tc") a[2] |= 2;
+    if (key == "ad") a[3] |= 0x20;
+    if (key == "folded")
+        for (size_t i = 12; i < question.end - 4; i++) a[i] = uint8_t(toupper(a[i]));
+    if (key == "wrongid") a[1] ^= 1;
+    if (key == "wrongname") a[13] = a[13] == 'x' ? 'y' : 'x';
+    if (key == "wrongtype") a[question.end - 3] ^= 0x20;
+    if (key == "wrongclass") a[question.end - 1] = 3;
+    if (key == "query") a[2] &= 0x7f;
+    if (key == "headeronly") { a.resize(12); std::fill(a.begin() + 4, a.end(), 0); }
+    if (key == "refused") { a.resize(12); std::fill(a.begin() + 4, a.end(), 0); a[3] = 5; }
+    if (key == "formerr") { a.resize(12); std::fill(a.begin() + 4, a.end(), 0); a[3] = 1; }
+    if (key == "servfail") a[3] |= 2;
+    if (key == "short") a[7] = 9;  // more records announced than there are
+    return a;
+}
+
+// ---- The server --------------------------------------------------------------------------------
+
+struct Upstream::Shared {
+    mutable std::mutex mutex;  // guards all but `certificates`
+    std::condition_variable changed;
+    Options options;
+    Seen seen;
+    std::map<std::string, int> faults;  // how often a name has been maltreated
+    std::map<Cert, SSL_CTX*> contexts;
+    std::set<int> fds;
+    bool stopping = false;
+    int listener = -1;
+    std::string cert_file[16], key_file[16];
+
+    ~Shared() { for (auto& [kind, ctx] : contexts) SSL_CTX_free(ctx); }
+    bool sleep(int ms) {  // false: it is to stop
+        std::unique_lock lock(mutex);
+        return !changed.wait_for(lock, std::chrono::milliseconds(ms), [&] { return stopping; });
+    }
+    Options now() const { std::lock_guard lock(mutex); return options; }
+    SSL* make_ssl(const Options& o);
+    void serve(int fd);
+    bool serve_query(SSL* ssl, int fd, const Octets& query);
+    bool misbehave(SSL* ssl, int fd, const std::string& key, const Octets& framed);
+};
+
+static int on_hello(SSL* ssl, int*, void* arg) {
+    auto* shared = static_cast<Seen*>(arg);
+    const uint8_t* data;
+    size_t size;
+    auto* mutex = static_cast<std::mutex*>(SSL_get_app_data(ssl));
+    std::lock_guard lock(*mutex);
+    std::string sni, alpn;
+    if (SSL_client_hello_get0_ext(ssl, TLSEXT_TYPE_server_name, &data, &size) && size > 5)
+        sni.assign(data + 5, data + size);
+    if (SSL_client_hello_get0_ext(ssl, TLSEXT_TYPE_application_layer_protocol_negotiation, &data, &size) && size > 3)
+        alpn.assign(data + 3, data + size);
+    if (SSL_client_hello_get0_ext(ssl, TLSEXT_TYPE_early_data, &data, &size)) shared->early_data++;
+    if (SSL_client_hello_get0_ext(ssl, TLSEXT_TYPE_psk, &data, &size) && size > 4)
+        shared->tickets.emplace_back(data + 4, data + 4 + std::min<size_t>(size - 4, data[2] << 8 | data[3]));
+    shared->names.push_back(sni);
+    shared->alpns.push_back(alpn);
+    return SSL_CLIENT_HELLO_SUCCESS;
+}
+
+static int on_alpn(SSL*, const uint8_t** out, uint8_t* size, const uint8_t*, unsigned, void* arg) {
+    static thread_local std::string chosen;
+    chosen = *static_cast<std::string*>(arg);
+    if (chosen.empty()) return SSL_TLSEXT_ERR_NOACK;
+    *out = reinterpret_cast<const uint8_t*>(chosen.data());
+    *size = uint8_t(chosen.size());
+    return SSL_TLSEXT_ERR_OK;
+}
+
+SSL* Upstream::Shared::make_ssl(const Options& o) {
+    std::lock_guard lock(mutex);
+    SSL_CTX*& ctx = contexts[o.cert];
+    if (!ctx) {  // one for each certificate, so that tickets are good for later connections
+        ctx = SSL_CTX_new(TLS_server_method());
+        SSL_CTX_set_session_id_context(ctx, (const uint8_t*)"test", 4);
+        SSL_CTX_use_certificate_chain_file(ctx, cert_file[int(o.cert)].c_str());
+        SSL_CTX_use_PrivateKey_file(ctx, key_file[int(o.cert)].c_str(), SSL_FILETYPE_PEM);
+        SSL_CTX_set_client_hello_cb(ctx, on_hello, &seen);
+        if (o.max_version && o.max_version < TLS1_2_VERSION) SSL_CTX_set_cipher_list(ctx, "ALL:@SECLEVEL=0");
+    }
+    SSL_CTX_set_alpn_select_cb(ctx, on_alpn, &options.alpn);
+    SSL* ssl = SSL_new(ctx);
+    SSL_set_app_data(ssl, &mutex);
+    SSL_set_num_tickets(ssl, o.tickets);
+    if (o.min_version) SSL_set_min_proto_version(ssl, o.min_version);
+    if (o.max_version) {
+        SSL_set_min_proto_version(ssl, std::min(o.max_version, TLS1_2_VERSION));
+        SSL_set_max_proto_version(ssl, o.max_version);
+    }
+    if (!o.groups.empty()) SSL_set1_groups_list(ssl, o.groups.c_str());
+    return ssl;
+}
+
+static bool send_all(SSL* ssl, const Octets& octets) {
+    return octets.empty() || SSL_write(ssl, octets.data(), int(octets.size())) > 0;
+}
+
+// What a key does besides changing the answer. true: the connection is to go on.
+bool Upstream::Shared::misbehave(SSL* ssl, int fd, const std::string& key, const Octets& framed) {
+    const size_t half = framed.size() / 2;
+    if (key == "close") { SSL_shutdown(ssl); return false; }
+    if (key == "reset") {
+        linger now{1, 0};
+        setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof now);
+        return false;
+    }
+    if (key == "cutclean") { send_all(ssl, {framed.begin(), framed.begin() + half}); SSL_shutdown(ssl); return false; }
+    if (key == "cut") { send_all(ssl, {framed.begin(), framed.begin() + half}); return false; }
+    if (key == "halflength") { send_all(ssl, {framed[0]}); return false; }
+    if (key == "silent") { while (sleep(100)) {} return false; }
+    if (key == "drip") {
+        send_all(ssl, {0xff, 0xff});
+        while (sleep(20) && send_all(ssl, {0})) {}
+        return false;
+    }
+    if (key == "dripped") {  // the whole answer, an octet to a record
+        for (uint8_t octet : framed)
+            if (!send_all(ssl, {octet})) return false;
+        return true;
+    }
+    if (key == "garbage") { send_all(ssl, Octets(300, 0xa5)); while (sleep(100)) {} return false; }
+    if (key == "zero") { send_all(ssl, {0, 0}); return send_all(ssl, framed); }
+    if (key == "five") { return send_all(ssl, {0, 5, 1, 2, 3, 4, 5}); }
+    if (key == "long") { send_all(ssl, {0xff, 0xff}); while (sleep(100)) {} return false; }
+    if (key == "two") {
+        Octets twice = framed;
+        twice.insert(twice.end(), framed.begin(), framed.end());
+        return send_all(ssl, twice);
+    }
+    if (key == "keyupdate") { SSL_key_update(ssl, SSL_KEY_UPDATE_REQUESTED); return send_all(ssl, framed); }
+    if (key == "unclean") { send_all(ssl, framed); shutdown(fd, SHUT_WR); return false; }
+    return send_all(ssl, framed);
+}
+
+bool Upstream::Shared::serve_query(SSL* ssl, int fd, const Octets& query) {
+    const Question question = read_question(query);
+    const size_t digits = std::find_if(question.label.begin(), question.label.end(),
+                                       [](char c) { return !isalpha(c); }) - question.label.begin();
+    std::string key = question.label.substr(0, digits);
+    const int number = atoi(question.label.c_str() + digits);
+    const Options o = now();
+    if (o.deaf) { while (now().deaf && sleep(50)) {} return false; }
+    if (key == "cutat") {  // CUTAT: close after NUMBER octets of the framed answer
+        Octets a = answer(query, question, "a", 0), framed{uint8_t(a.size() >> 8), uint8_t(a.size())};
+        framed.insert(framed.end(), a.begin(), a.end());
+        send_all(ssl, {framed.begin(), framed.begin() + std::min<size_t>(number, framed.size())});
+        return false;
+    }
+    static const std::set<std::string> counted{"close", "reset", "cut", "cutclean", "wrongid", "silent"};
+    if (counted.count(key) && number) {
+        std::lock_guard lock(mutex);
+        if (++faults[question.label] > number) key = "a";
+    }
+    if (key == "slow" && !sleep(number)) return false;
+    if (o.delay_ms && !sleep(o.delay_ms)) return false;
+    const Octets a = answer(query, question, key, number);
+    Octets framed{uint8_t(a.size() >> 8), uint8_t(a.size())};
+    framed.insert(framed.end(), a.begin(), a.end());
+    return misbehave(ssl, fd, key, framed);
+}
+
+void Upstream::Shared::serve(int fd) {
+    const Options o = now();
+    const int one = 1;
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+    uint8_t first = 0;
+    if (o.accept == Options::Plaintext) {
+        const char text[] = "HTTP/1.1 400 Bad Request\r\n\r\n";
+        if (recv(fd, &first, 1, MSG_PEEK) == 1) (void)!write(fd, text, sizeof text - 1);
+    }
+    if (o.accept == Options::Reset) {
+        linger now{1, 0};
+        setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof now);
+    }
+    if (o.accept == Options::Hang) {
+        if (recv(fd, &first, 1, MSG_PEEK) == 1) { std::lock_guard lock(mutex); seen.first_octets.push_back(first); }
+        while (sleep(50)) {}
+    }
+    if (o.accept == Options::Plaintext || o.accept == Options::Reset || o.accept == Options::Close ||
+        o.accept == Options::Hang) return;
+    if (recv(fd, &first, 1, MSG_PEEK) != 1) return;
+    { std::lock_guard lock(mutex); seen.first_octets.push_back(first); }
+    SSL* ssl = make_ssl(o);
+    SSL_set_fd(ssl, fd);
+    if (SSL_accept(ssl) == 1) {
+        {
+            std::lock_guard lock(mutex);
+            seen.handshakes++;
+            seen.resumed += SSL_session_reused(ssl);
+        }
+        if (o.idle_ms) {
+            const timeval limit{o.idle_ms / 1000, o.idle_ms % 1000 * 1000};
+            setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
+        }
+        Octets in;
+        uint8_t buffer[20000];
+        bool go_on = o.accept == Options::Serve;
+        if (!go_on) SSL_shutdown(ssl);
+        while (go_on) {
+            const int n = SSL_read(ssl, buffer, sizeof buffer);
+            if (n <= 0) break;
+            if (in.empty()) { std::lock_guard lock(mutex); seen.records.push_back(size_t(n)); }
+            in.insert(in.end(), buffer, buffer + n);
+            while (go_on && in.size() >= 2 && in.size() >= 2u + u16(in, 0)) {
+                const Octets query(in.begin() + 2, in.begin() + 2 + u16(in, 0));
+                in.erase(in.begin(), in.begin() + 2 + u16(in, 0));
+                { std::lock_guard lock(mutex); seen.queries.push_back(query); }
+                go_on = serve_query(ssl, fd, query);
+            }
+        }
+        if (go_on) SSL_shutdown(ssl);  // idle: said politely
+    }
+    SSL_free(ssl);
+    ERR_clear_error();
+}
+
+Upstream::Upstream(const Certificates& certificates, Options options) : shared_(std::make_shared<Shared>()) {
+    signal(SIGPIPE, SIG_IGN);
+    for (auto& l : leaves) {
+        shared_->cert_file[int(l.kind)] = certificates.leaf(l.kind);
+        shared_->key_file[int(l.kind)] = certificates.key(l.kind);
+    }
+    shared_->options = options;
+    const bool six = options.address.find(':') != std::string::npos;
+    sockaddr_in6 v6{};
+    auto& v4 = reinterpret_cast<sockaddr_in&>(v6);
+    v6.sin6_family = six ? AF_INET6 : AF_INET;
+    inet_pton(v6.sin6_family, options.address.c_str(), six ? (void*)&v6.sin6_addr : &v4.sin_addr);
+    v4.sin_port = htons(uint16_t(options.port));
+    const int one = 1, fd = socket(v6.sin6_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
+    socklen_t size = six ? sizeof v6 : sizeof v4;
+    for (int tries = 0; bind(fd, (sockaddr*)&v6, size) != 0; tries++) {  // a restart on the same port
+        if (tries == 100) throw std::runtime_error("upstream: bind");
+        usleep(20000);
+    }
+    listen(fd, 1024);
+    getsockname(fd, (sockaddr*)&v6, &size);
+    port_ = ntohs(v4.sin_port);
+    shared_->listener = fd;
+    acceptor_ = std::thread([shared = shared_, fd] {
+        for (;;) {
+            const int client = accept4(fd, nullptr, nullptr, SOCK_CLOEXEC);
+            std::lock_guard lock(shared->mutex);
+            if (shared->stopping) {
+                if (client >= 0) close(client);
+                return;
+            }
+            if (client < 0) continue;
+            Seen& seen = shared->seen;
+            seen.connections++;
+            seen.most_open = std::max(seen.most_open, ++seen.open);
+            shared->fds.insert(client);
+            std::thread([shared, client] {
+                shared->serve(client);
+                std::lock_guard lock(shared->mutex);
+                shared->fds.erase(client);
+                shared->seen.open--;
+                close(client);
+                shared->changed.notify_all();
+            }).detach();
+        }
+    });
+}
+
+Upstream::~Upstream() {
+    {
+        std::unique_lock lock(shared_->mutex);
+        shared_->stopping = true;
+        shutdown(shared_->listener, SHUT_RDWR);
+        for (int fd : shared_->fds) shutdown(fd, SHUT_RDWR);
+        shared_->changed.notify_all();
+    }
+    acceptor_.join();
+    close(shared_->listener);
+    std::unique_lock lock(shared_->mutex);
+    for (int fd : shared_->fds) shutdown(fd, SHUT_RDWR);
+    shared_->changed.wait_for(lock, std::chrono::seconds(20), [&] { return shared_->fds.empty(); });
+}
+
+Seen Upstream::seen() const {
+    std::lock_guard lock(shared_->mutex);
+    return shared_->seen;
+}
+void Upstream::set(const Options& options) {
+    std::lock_guard lock(shared_->mutex);
+    shared_->options = options;
+}
+std::string Upstream::spec(const std::string& more) const {
+    return shared_->now().address + "@" + std::to_string(port_) + "#dot.test" + more;
+}
+
+}  // namespace test

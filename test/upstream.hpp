@@ -1,0 +1,87 @@
+// upstream.hpp - a DNS-over-TLS server of the tests' own that misbehaves on command.
+//
+// What it does with a query is said by the first label of the query's name, so that tests that run
+// many queries at once need no other means: KEY[NUMBER][-ANYTHING].test
+//
+//   close3-x.test   closes the connection for the first 3 queries of this name, then answers
+//   slow200.test    answers after 200 ms
+//   size16384.test  answers with exactly so many octets
+//
+// and what it does with a connection by Options. The keys are listed in upstream.cpp.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace test {
+
+using Octets = std::vector<uint8_t>;
+
+// A directory that is gone with its owner.
+struct TempDir {
+    TempDir();
+    ~TempDir();
+    std::string path;
+};
+
+// Certificates for dot.test, made anew: a CA and leaves that are right or wrong in one respect.
+enum class Cert {
+    Good, WrongName, Expired, NotYetValid, UnknownCa, SelfSigned, CnOnly, Wildcard, ClientOnly, Backup
+};
+struct Certificates {
+    Certificates();
+    std::string ca() const { return dir.path + "/ca.pem"; }
+    std::string leaf(Cert kind) const;   // file of the certificate
+    std::string key(Cert kind) const;    // file of its key
+    std::string pin(Cert kind) const;    // base64 of the SHA-256 of its SPKI
+    TempDir dir;
+};
+
+struct Options {
+    enum Accept { Serve, Close, Reset, Hang, Plaintext, CloseAfterHandshake } accept = Serve;
+    Cert cert = Cert::Good;
+    std::string address = "127.0.0.1";
+    int port = 0;               // 0: any
+    int min_version = 0, max_version = 0;  // of TLS, as OpenSSL has them; 0: its own choice
+    std::string groups{};       // of key exchange; empty: OpenSSL's
+    std::string alpn = "dot";   // what it chooses; empty: none
+    int tickets = 2;
+    int idle_ms = 0;            // closes a connection that is silent for so long; 0: never
+    int delay_ms = 0;           // of every answer
+    bool deaf = false;          // reads queries and never answers
+};
+
+struct Seen {  // all that came, in order
+    std::vector<Octets> queries;
+    std::vector<size_t> records;           // octets of the first TLS record of each query
+    std::vector<std::string> tickets;      // the identities offered by clients
+    std::vector<std::string> names, alpns; // SNI and ALPN of each handshake begun
+    std::vector<uint8_t> first_octets;     // of each connection
+    int connections = 0, handshakes = 0, resumed = 0, early_data = 0, open = 0, most_open = 0;
+};
+
+class Upstream {
+public:
+    Upstream(const Certificates& certificates, Options options = {});
+    ~Upstream();  // closes all connections
+    int port() const { return port_; }
+    Seen seen() const;
+    void set(const Options& options);  // for connections and queries from now on
+    std::string spec(const std::string& more = "") const;  // for --upstream
+
+private:
+    struct Shared;
+    std::shared_ptr<Shared> shared_;
+    std::thread acceptor_;
+    int port_ = 0;
+};
+
+}  // namespace test
