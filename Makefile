@@ -15,14 +15,16 @@ $(DIR)/dot-proxy: main.cpp dot.cpp dot.hpp Makefile
 run: $(DIR)/dot-proxy
 	$< --listen 127.0.0.1@5300
 
-demo test-programs: $(DIR)/dot-proxy
+$(DIR)/test/%: $(DIR)/dot-proxy
 	cmake -S test -B $(DIR)/test -DPROXY=$(abspath $<) -DSANITIZE=$(SANITIZE) >/dev/null
-	+cmake --build $(DIR)/test -j $$(nproc)
-	$(if $(filter demo,$@),test/demo.sh $(DIR))
+	@+cmake --build $(DIR)/test --target $* -j $$(nproc) >/dev/null
 
-test: test-programs
+demo: $(DIR)/test/upstream
+	@test/demo.sh $(DIR)/dot-proxy $<
+
+test: $(DIR)/test/all
 	cd $(DIR)/test && ctest -j $(JOBS) --output-on-failure
 
 clean:
 	rm -rf build
-.PHONY: run demo test-programs test clean
+.PHONY: run demo test clean $(DIR)/test/all $(DIR)/test/upstream

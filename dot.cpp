@@ -122,11 +122,13 @@ Layout parse(const Bytes& m) {
             const size_t start = l.end, type = skip_name(m, start, section > 0);
             l.end = type + (section ? 10 : 4);
             if (!type || l.end > m.size()) l.fault = "a name or record does not parse";
+            if (l.fault && !section) l.question_end = header_size;  // not half of them
             if (l.fault) return l;
             if (section) l.end += u16(m, type + 8);
             else l.question_end = l.end;
             if (l.end > m.size()) l.fault = "a record is longer than the message";
             if (section && u16(m, type) == OPT) parse_opt(m, start, type, l.end, l);
+            if (l.opt == start && section != 3) l.fault = "an OPT that is not additional";
             l.is_signed = section == 3 && (u16(m, type) == TSIG || (u16(m, type) == SIG && !l.fault &&
                           l.end >= type + 12 && u16(m, type + 10) == 0));
         }
