@@ -3,7 +3,7 @@ SANITIZE =
 COMMA = ,
 DIR = build$(if $(SANITIZE),/$(subst $(COMMA),-,$(SANITIZE)))
 CXXFLAGS = -O2 -g -Wall -Wextra
-STRICT = -std=c++20 -pthread $(if $(SANITIZE),-fsanitize=$(SANITIZE) -fno-omit-frame-pointer)
+STRICT = -std=c++20 -pthread $(if $(SANITIZE),-fsanitize=$(SANITIZE) -fno-sanitize=vptr -fno-omit-frame-pointer)
 JOBS = $(shell echo $$((2 * $$(nproc))))
 
 $(DIR)/dot-proxy: main.cpp dot.cpp dot.hpp Makefile
@@ -15,7 +15,7 @@ $(DIR)/dot-proxy: main.cpp dot.cpp dot.hpp Makefile
 run: $(DIR)/dot-proxy
 	$< --listen 127.0.0.1@5300
 
-$(DIR)/test/%: $(DIR)/dot-proxy
+$(DIR)/test/all $(DIR)/test/upstream: $(DIR)/test/%: $(DIR)/dot-proxy
 	cmake -S test -B $(DIR)/test -DPROXY=$(abspath $<) -DSANITIZE=$(SANITIZE) >/dev/null
 	@+cmake --build $(DIR)/test --target $* -j $$(nproc) >/dev/null
 

@@ -829,7 +829,7 @@ static void open(Upstream& upstream) {
     auto one = std::make_shared<Connection>(upstream);
     const Time until = Clock::now() + milliseconds(settings.timeout);
     while (one->advance() < Connection::Idle && Clock::now() < until) wait_for({one}, until);
-    if (!one->verified && !one->local) upstream.blame(3);
+    if (!one->verified && !one->local) upstream.blame(1);  // no client waited for it
     upstream.park(one->verified ? one : nullptr);
 }
 

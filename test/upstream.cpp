@@ -239,6 +239,7 @@ struct Upstream::Shared {
     std::set<int> fds;
     bool stopping = false;
     int listener = -1;
+    std::string alpn;  // set once
     std::string cert_file[16], key_file[16];
 
     ~Shared() { for (auto& [kind, ctx] : contexts) SSL_CTX_free(ctx); }
@@ -292,7 +293,7 @@ SSL* Upstream::Shared::make_ssl(const Options& o) {
         SSL_CTX_set_client_hello_cb(ctx, on_hello, &seen);
         if (o.max_version && o.max_version < TLS1_2_VERSION) SSL_CTX_set_cipher_list(ctx, "ALL:@SECLEVEL=0");
     }
-    SSL_CTX_set_alpn_select_cb(ctx, on_alpn, &options.alpn);
+    SSL_CTX_set_alpn_select_cb(ctx, on_alpn, &alpn);
     SSL* ssl = SSL_new(ctx);
     SSL_set_app_data(ssl, &mutex);
     SSL_set_num_tickets(ssl, o.tickets);
@@ -435,6 +436,7 @@ Upstream::Upstream(const Certificates& certificates, Options options) : shared_(
         shared_->key_file[int(l.kind)] = certificates.key(l.kind);
     }
     shared_->options = options;
+    shared_->alpn = options.alpn;
     const bool six = options.address.find(':') != std::string::npos;
     sockaddr_in6 v6{};
     auto& v4 = reinterpret_cast<sockaddr_in&>(v6);
