@@ -7,7 +7,6 @@
 #include <arpa/inet.h>
 #include <netinet/tcp.h>
 #include <openssl/err.h>
-#include <openssl/evp.h>
 #include <openssl/ssl.h>
 #include <openssl/x509v3.h>
 #include <poll.h>
@@ -42,17 +41,15 @@ void say(const std::string& line) {
     (void)!write(STDOUT_FILENO, whole.data(), whole.size());
 }
 
-double ms(Clock::duration duration) {
-    return std::chrono::duration<double, std::milli>(duration).count();
-}
+double ms(Clock::duration time) { return std::chrono::duration<double, std::milli>(time).count(); }
 
 // ---- Messages ----------------------------------------------------------------------------------
 // A message is a header, questions, and three sections of records (RFC 1035 4.1). The proxy has to
 // find two places in it, the end of the question and the OPT record, and leaves all else alone.
 
 enum : int { SIG = 24, OPT = 41, TSIG = 250, IXFR = 251, AXFR = 252 };
-enum : int { keepalive_option = 11, padding_option = 12, error_option = 15 };
-constexpr size_t arcount_at = 10, opt_size = 11, option_header = 4;
+enum : int { keepalive = 11, padding = 12, error = 15 };
+constexpr size_t arcount_at = 10, opt_size = 11;
 
 static int u16(const Bytes& m, size_t at) { return m[at] << 8 | m[at + 1]; }
 static void put16(Bytes& m, size_t at, size_t value) {
@@ -61,25 +58,22 @@ static void put16(Bytes& m, size_t at, size_t value) {
 }
 
 std::string rcode_name(int rcode) {
-    static const char* const names[] = {"NOERROR", "FORMERR", "SERVFAIL", "NXDOMAIN", "NOTIMP",
-        "REFUSED", "YXDOMAIN", "YXRRSET", "NXRRSET", "NOTAUTH", "NOTZONE"};
+    const char* names[] = {"NOERROR", "FORMERR", "SERVFAIL", "NXDOMAIN", "NOTIMP", "REFUSED"};
     return size_t(rcode) < std::size(names) ? names[rcode] : text("RCODE%d", rcode);
 }
 
 std::string type_name(int type) {
     static const struct { int type; const char* name; } names[] = {
         {0, "-"}, {1, "A"}, {2, "NS"}, {5, "CNAME"}, {6, "SOA"}, {12, "PTR"}, {15, "MX"},
-        {16, "TXT"}, {24, "SIG"}, {28, "AAAA"}, {33, "SRV"}, {35, "NAPTR"}, {41, "OPT"},
-        {43, "DS"}, {46, "RRSIG"}, {47, "NSEC"}, {48, "DNSKEY"}, {50, "NSEC3"}, {52, "TLSA"},
-        {64, "SVCB"}, {65, "HTTPS"}, {249, "TKEY"}, {250, "TSIG"}, {251, "IXFR"}, {252, "AXFR"},
-        {255, "ANY"}, {257, "CAA"}};
+        {16, "TXT"}, {28, "AAAA"}, {33, "SRV"}, {43, "DS"}, {46, "RRSIG"}, {48, "DNSKEY"},
+        {64, "SVCB"}, {65, "HTTPS"}, {251, "IXFR"}, {252, "AXFR"}, {255, "ANY"}};
     for (auto& known : names)
         if (known.type == type) return known.name;
     return text("TYPE%d", type);
 }
 
-// Where the name at `at` ends; 0: it does not, or it is longer than RFC 1035 2.3.4 allows. A pointer
-// ends a name and is not followed: what it points to is not needed, so it cannot lead in circles.
+// Where the name at `at` ends; 0: it does not, or it is longer than RFC 1035 2.3.4 allows. A
+// pointer ends a name and is not followed: what it points to is not needed, so there are no circles.
 static size_t skip_name(const Bytes& m, size_t at, bool pointers) {
     for (size_t start = at; at < m.size() && at - start < 255; at += 1 + m[at]) {
         if (m[at] == 0) return at + 1;
@@ -89,29 +83,22 @@ static size_t skip_name(const Bytes& m, size_t at, bool pointers) {
     return 0;
 }
 
-// Calls visit(at, code, size) for each option of RFC 6891 6.1.2 from `at` to `end`, headers included.
-// false: they do not end there.
-static bool each_option(const Bytes& m, size_t at, size_t end, auto visit) {
-    while (at + option_header <= end) {
-        const size_t size = option_header + u16(m, at + 2);
-        if (at + size > end) return false;
-        visit(at, u16(m, at), size);
-        at += size;
-    }
-    return at == end;
-}
-
 // What the OPT record from `start`, with its type at `type`, says of its sender, RFC 6891 6.1.
 static void parse_opt(const Bytes& m, size_t start, size_t type, size_t end, Layout& l) {
-    const bool whole = end <= m.size() && each_option(m, type + 10, end, [](auto...) {});
     if (l.edns) l.fault = "more than one OPT";
-    else if (!whole || m[start] != 0) l.fault = "a malformed OPT";
     if (l.edns) return;
     l.edns = true;
     l.udp_size = size_t(u16(m, type + 2));
     l.dnssec_ok = m[type + 6] & 0x80;
     l.opt = start;
     l.opt_end = end;
+    size_t at = type + 10;
+    while (end <= m.size() && at + 4 <= end && at + 4 + u16(m, at + 2) <= end) {
+        const auto data = m.begin() + at + 4, data_end = data + u16(m, at + 2);
+        l.options.push_back({u16(m, at), {data, data_end}});
+        at += 4 + u16(m, at + 2);
+    }
+    if (at != end || m[start] != 0) l.fault = "a malformed OPT";
 }
 
 Layout parse(const Bytes& m) {
@@ -129,8 +116,9 @@ Layout parse(const Bytes& m) {
             if (l.end > m.size()) l.fault = "a record is longer than the message";
             if (section && u16(m, type) == OPT) parse_opt(m, start, type, l.end, l);
             if (l.opt == start && section != 3) l.fault = "an OPT that is not additional";
-            l.is_signed = section == 3 && (u16(m, type) == TSIG || (u16(m, type) == SIG && !l.fault &&
-                          l.end >= type + 12 && u16(m, type + 10) == 0));
+            const bool sig0 = u16(m, type) == SIG && l.end <= m.size() && l.end > type + 11 &&
+                              u16(m, type + 10) == 0;
+            l.is_signed = section == 3 && (sig0 || u16(m, type) == TSIG);
         }
     }
     return l;
@@ -143,8 +131,7 @@ Query::Query(Bytes octets, bool tcp, int verbosity, Clock::duration timeout)
       verbosity(verbosity), taken(Clock::now()), deadline(taken + timeout) {}
 
 int Query::type() const {
-    const bool asked = layout.question_end > header_size;
-    return asked ? u16(octets, layout.question_end - 4) : 0;
+    return layout.question_end > header_size ? u16(octets, layout.question_end - 4) : 0;
 }
 
 void Query::print(int step, const std::string& what) const {
@@ -153,10 +140,9 @@ void Query::print(int step, const std::string& what) const {
 
 void Query::show(const char* title, const Bytes& m) const {
     if (verbosity < 2) return;
-    std::string lines = text("#%u     %s, %zu octets", number, title, m.size());
-    for (size_t at = 0; at < m.size(); at++)
-        lines += (at % 16 ? "" : text("\n#%u     %04zx ", number, at)) + text(" %02x", m[at]);
-    say(lines);
+    std::string hex;
+    for (uint8_t octet : m) hex += text(" %02x", octet);
+    say(text("#%u     %s:", number, title) + hex);
 }
 
 Verdict judge(const Query& query) {  // [2]
@@ -174,33 +160,16 @@ Verdict judge(const Query& query) {  // [2]
     return {forward, "to be forwarded"};
 }
 
-// Whether the octets from `from` on may move: a compression pointer counts from the message's start,
-// so none may point behind that place. Data that only looks like one is refused too; never mind.
+// Whether the octets from `from` on may move: a compression pointer counts from the message's
+// start, so none may point behind that place. Data that only looks like one is refused as well.
 static bool movable(const Bytes& m, size_t from) {
     for (size_t at = from; at + 1 < m.size(); at++)
         if (m[at] >= 0xc0 && size_t(u16(m, at) & 0x3fff) >= from) return false;
     return true;
 }
 
-// The options of the message's OPT that are none of `dropped`.
-static Bytes options(const Bytes& m, const Layout& l, std::initializer_list<int> dropped) {
-    Bytes kept;
-    each_option(m, l.opt + opt_size, l.opt_end, [&](size_t at, int code, size_t size) {
-        if (std::find(dropped.begin(), dropped.end(), code) == dropped.end())
-            kept.insert(kept.end(), m.begin() + at, m.begin() + at + size);
-    });
-    return kept;
-}
-
-// An option of `size` octets, all of them zero, behind `list`.
-static void add_option(Bytes& list, int code, size_t size) {
-    list.resize(list.size() + option_header + size);
-    put16(list, list.size() - size - 4, code);
-    put16(list, list.size() - size - 2, size);
-}
-
-// Puts `list` into the OPT of `m`, or into a new one behind its last record.
-static void set_options(Bytes& m, Layout l, const Bytes& list, bool dnssec_ok) {
+// Puts `options` into the OPT of `m`, or into a new one behind its last record.
+static void set_options(Bytes& m, Layout& l, const std::vector<Option>& options, bool dnssec_ok) {
     if (!l.opt) {
         const uint8_t flags = dnssec_ok ? 0x80 : 0;
         l.opt = m.size();
@@ -208,23 +177,31 @@ static void set_options(Bytes& m, Layout l, const Bytes& list, bool dnssec_ok) {
         m.insert(m.end(), {0, 0, OPT, 1232 >> 8, 1232 & 255, 0, 0, flags, 0, 0, 0});
         put16(m, arcount_at, u16(m, arcount_at) + 1);
     }
+    Bytes list;
+    for (auto& option : options) {
+        for (size_t v : {size_t(option.code), option.data.size()})
+            list.insert(list.end(), {uint8_t(v >> 8), uint8_t(v)});
+        list.insert(list.end(), option.data.begin(), option.data.end());
+    }
     m.erase(m.begin() + l.opt + opt_size, m.begin() + l.opt_end);
     m.insert(m.begin() + l.opt + opt_size, list.begin(), list.end());
+    l.opt_end = l.opt + opt_size + list.size();
     put16(m, l.opt + opt_size - 2, list.size());
 }
 
 Bytes pad(const Query& query) {  // [3]
-    const Layout& l = query.layout;
+    Layout l = query.layout;
     Bytes m = query.octets;
-    // RFC 8945 5.5: what is signed travels as it is. Behind octets that no count covers nothing fits.
+    // RFC 8945 5.5: what is signed travels as it is. Behind octets that no count covers nothing
+    // fits.
     if (l.is_signed || l.end != m.size() || (l.opt && !movable(m, l.opt_end))) return m;
-    Bytes list = options(m, l, {padding_option});  // a client's own is replaced, RFC 7830 3
-    // The option's own header counts too. It is the last one, RFC 8467 3.
-    const size_t rest = m.size() - (l.opt_end - l.opt) + opt_size + list.size() + option_header;
-    const size_t padding = (padding_block - rest % padding_block) % padding_block;
-    if (rest + padding > longest_message) return m;
-    add_option(list, padding_option, padding);
-    set_options(m, l, list, false);  // DO=0: a client without EDNS wants no signatures
+    std::erase_if(l.options, [](auto& o) { return o.code == padding; });  // the client's own
+    set_options(m, l, l.options, false);  // DO=0: a client without EDNS wants no signatures
+    const size_t rest = m.size() + 4;  // with the option's own header; it is the last, RFC 8467 3
+    const size_t missing = (padding_block - rest % padding_block) % padding_block;
+    if (rest + missing > longest_message) return query.octets;
+    l.options.push_back({padding, Bytes(missing)});
+    set_options(m, l, l.options, false);
     return m;
 }
 
@@ -243,25 +220,20 @@ bool matches(const Query& query, const Bytes& a, const Layout& l) {  // [7]
            std::equal(type, q.begin() + l.question_end, a.begin() + name_end);
 }
 
-std::optional<Bytes> unpad(const Query& query, Bytes a, const Layout& l) {  // [7]
+std::optional<Bytes> unpad(const Query& query, Bytes a, Layout l) {  // [7]
     if (l.is_signed) return a;
     const auto question = query.octets.begin() + header_size;
     if (l.question_end == query.layout.question_end)  // the client's own spelling, as it came
         std::copy(question, query.octets.begin() + l.question_end, a.begin() + header_size);
     if (!l.opt) return a;
     if (!movable(a, l.opt_end)) return std::nullopt;
-    if (query.layout.edns) {
-        set_options(a, l, options(a, l, {padding_option, keepalive_option}), false);
-        return a;
-    }
+    std::erase_if(l.options, [](auto& o) { return o.code == padding || o.code == keepalive; });
+    if (query.layout.edns) set_options(a, l, l.options, false);
+    if (query.layout.edns) return a;
     if (a[l.opt + 5] != 0) return std::nullopt;  // its low four bits alone are another rcode
     a.erase(a.begin() + l.opt, a.begin() + l.opt_end);
     put16(a, arcount_at, u16(a, arcount_at) - 1);
     return a;
-}
-
-size_t udp_limit(const Query& query, size_t most) {
-    return query.layout.edns ? std::max<size_t>(512, std::min(query.layout.udp_size, most)) : 512;
 }
 
 // The header and question of a message.
@@ -271,30 +243,31 @@ static Bytes head(const Bytes& m, const Layout& l) {
     return out;
 }
 
-Bytes cut(const Query& query, Bytes a, size_t limit) {  // [8]
+Bytes cut(const Query& query, Bytes a, size_t most_udp) {  // [8]
+    size_t limit = query.tcp ? longest_message : 512;
+    if (!query.tcp && query.layout.edns)  // RFC 6891 6.2.5: at least 512
+        limit = std::max<size_t>(512, std::min(query.layout.udp_size, most_udp));
     if (a.size() <= limit) return a;
-    const Layout l = parse(a);
+    Layout l = parse(a), none;
     Bytes out = head(a, l);
     out[2] |= 0x02;  // TC
     if (!query.layout.edns) return out;
-    Bytes list = options(a, l, {});  // RFC 6891 7; RFC 8914 3: they go first if they are too long
-    if (out.size() + opt_size + list.size() > limit) list.clear();
-    set_options(out, {}, list, query.layout.dnssec_ok);
+    // RFC 6891 7: OPT stays. RFC 8914 3: its options go if there is no room for them.
+    if (out.size() + (l.opt_end - l.opt) > limit) l.options.clear();
+    set_options(out, none, l.options, query.layout.dnssec_ok);
     if (l.opt) std::copy_n(a.begin() + l.opt, opt_size - 2, out.begin() + l.question_end);
     return out;
 }
 
 Bytes reply(const Query& query, int rcode, int ede) {  // [8]
-    Bytes out = head(query.octets, query.layout), list;
+    Bytes out = head(query.octets, query.layout);
     out[2] = uint8_t(0x80 | (out[2] & 0x79));  // opcode and RD stay
     out[3] = uint8_t((rcode == SERVFAIL ? 0x80 | (out[3] & 0x10) : 0) | rcode);
     if (out.size() == header_size) put16(out, 4, 0);  // no question, or one that does not parse
-    if (!query.layout.edns) return out;
-    if (ede >= 0) {
-        add_option(list, error_option, 2);  // no text: it could tell what is nobody's business
-        put16(list, list.size() - 2, ede);
-    }
-    set_options(out, {}, list, query.layout.dnssec_ok);
+    std::vector<Option> options;  // without a text, which could tell what is nobody's business
+    if (ede >= 0) options.push_back({error, {uint8_t(ede >> 8), uint8_t(ede)}});
+    Layout none;
+    if (query.layout.edns) set_options(out, none, options, query.layout.dnssec_ok);
     return out;
 }
 
@@ -306,25 +279,28 @@ Bytes frame(const Bytes& message) {
     return out;
 }
 
+void set_option(int fd, int level, int option, int value) {
+    // None is worth more than the service: without one it is slower or less precise.
+    setsockopt(fd, level, option, &value, sizeof value);
+}
+
 // Milliseconds from now to `until`: never a little too early, never negative.
 static int time_left(Time until) {
     return int(std::clamp(ms(until - Clock::now()) + 0.999, 0.0, 3600e3));
 }
 
-// On Linux the kernel counts this limit down over all the waits of one call with MSG_WAITALL.
-static bool read_all(int fd, Bytes& into, Time until) {
-    const int left = std::max(time_left(until), 1);  // 0 would be for ever
-    const timeval limit{left / 1000, left % 1000 * 1000};
-    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
-    return recv(fd, into.data(), into.size(), MSG_WAITALL) == ssize_t(into.size());
-}
-
 std::optional<Bytes> read_frame(int fd, Time until) {
-    Bytes message(2);
-    if (!read_all(fd, message, until)) return std::nullopt;
-    message.resize(u16(message, 0));
-    if (message.empty() || !read_all(fd, message, until)) return std::nullopt;
-    return message;
+    Bytes in(2);
+    for (bool length : {true, false}) {
+        // On Linux the kernel counts this limit down over all the waits of one call. 0 is for ever.
+        const int left = std::max(time_left(until), 1);
+        const timeval limit{left / 1000, left % 1000 * 1000};
+        setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
+        const auto size = ssize_t(in.size());
+        if (size == 0 || recv(fd, in.data(), in.size(), MSG_WAITALL) != size) return {};
+        if (length) in.resize(u16(in, 0));
+    }
+    return in;
 }
 
 std::string Address::str() const {
@@ -350,7 +326,8 @@ Address parse_address(const std::string& from, int default_port) {
     if (!four && inet_pton(AF_INET6, host.c_str(), &a.v6.sin6_addr) != 1)
         throw BadOption("'" + host + "' is not an IP address");
     a.any.sa_family = four ? AF_INET : AF_INET6;
-    const int port = at == from.npos ? default_port : parse_number(from.substr(at + 1), 1, 65535, "port");
+    const bool given = at != from.npos;
+    const int port = given ? parse_number(from.substr(at + 1), 1, 65535, "port") : default_port;
     a.v4.sin_port = htons(uint16_t(port));  // at the same place in both
     return a;
 }
@@ -361,15 +338,18 @@ std::vector<Peer> parse_upstream(const std::string& from) {
     static const struct { const char *alias, *name, *addresses[4]; } known[] = {
         {"cloudflare", "cloudflare-dns.com",
          {"1.1.1.1", "1.0.0.1", "2606:4700:4700::1111", "2606:4700:4700::1001"}},
-        {"google", "dns.google", {"8.8.8.8", "8.8.4.4", "2001:4860:4860::8888", "2001:4860:4860::8844"}},
+        {"google", "dns.google",
+         {"8.8.8.8", "8.8.4.4", "2001:4860:4860::8888", "2001:4860:4860::8844"}},
         {"quad9", "dns.quad9.net", {"9.9.9.9", "149.112.112.112", "2620:fe::fe", "2620:fe::9"}}};
     std::vector<Peer> peers;
     for (auto& resolver : known)
         for (auto address : resolver.addresses)
-            if (from == resolver.alias) peers.push_back({parse_address(address, 853), resolver.name, {}});
+            if (from == resolver.alias)
+                peers.push_back({parse_address(address, 853), resolver.name, {}});
     if (!peers.empty()) return peers;
-    // A name with a letter, so that it is no IP address. 32 octets are 43 digits of base64 and a "=".
-    static const std::regex form("([^#]*)#([\\w.-]*[A-Za-z][\\w.-]*)((,pin-sha256=[A-Za-z0-9+/]{43}=)*)");
+    // A name with a letter, so that it is no IP address. 32 octets are 43 digits of base64 and "=".
+    static const std::regex form(
+        "([^#]*)#([\\w.-]*[A-Za-z][\\w.-]*)((,pin-sha256=[A-Za-z0-9+/]{43}=)*)");
     std::smatch part;
     if (!std::regex_match(from, part, form))
         throw BadOption("upstream '" + from + "' is not cloudflare, google, quad9 or "
@@ -378,9 +358,9 @@ std::vector<Peer> parse_upstream(const std::string& from) {
     if (peer.address.v4.sin_port == htons(53))  // RFC 7858 3.1
         throw BadOption("upstream '" + from + "': port 53 is for cleartext");
     for (std::string pins = part[3]; !pins.empty(); pins = pins.substr(56)) {
-        uint8_t octets[33];
+        uint8_t octets[33];  // the last one stands for the "="
         EVP_DecodeBlock(octets, reinterpret_cast<const uint8_t*>(&pins[12]), 44);
-        std::copy_n(octets, 32, peer.pins.emplace_back().begin());
+        peer.pins.emplace_back(octets, octets + 32);
     }
     return {peer};
 }
@@ -400,12 +380,13 @@ constexpr long oldest_ticket = 7 * 86400;  // seconds, RFC 8446 4.6.1
 constexpr size_t most_tickets = 128;
 constexpr size_t warm_stock = 2;           // ready connections, even if little is asked
 constexpr seconds warm_time{300};          // after the last query
-constexpr seconds longest_idle{25}, shortest_idle{1};
+constexpr Clock::duration longest_idle = seconds(25), shortest_idle = seconds(1);
+constexpr Clock::duration least_wait = milliseconds(10);  // else races are about the scheduler
 
-// What was learnt of a peer, and the connections that are ready: a thread that has answered opens the
-// next one and parks it. So a query still has one that nobody used before, and waits for one round
-// trip; the number parked follows the load. The oldest is taken, for its tickets have arrived and
-// been acknowledged: a newer one would hold the answer up.
+// What was learnt of a peer, and the connections that are ready: a thread that has answered opens
+// the next one and parks it. So a query still has one that nobody used before, and waits for one
+// round trip; the number parked follows the load. The oldest is taken, for its tickets have arrived
+// and been acknowledged: a newer one would hold the answer up.
 struct Upstream : Peer {
     explicit Upstream(const Peer& peer) : Peer(peer) {}
     std::atomic<int> group{0};  // the key exchange it chose last (an OpenSSL NID); 0: unknown
@@ -439,8 +420,8 @@ struct Upstream : Peer {
     // When another try is worth while, if there is no answer.
     Time patience(bool ready) {
         Lock lock(mutex_);
-        const Clock::duration late = ready ? usual_ * 3 / 2 : usual_ * 5, least = milliseconds(10);
-        return Clock::now() + (usual_.count() ? std::max(late, least) : milliseconds(250));  // RFC 8305 5
+        if (!usual_.count()) return Clock::now() + milliseconds(250);  // RFC 8305 5
+        return Clock::now() + std::max(ready ? usual_ * 3 / 2 : usual_ * 5, least_wait);
     }
 
     void keep(Session ticket) {
@@ -518,7 +499,8 @@ static int keep_ticket(SSL* ssl, SSL_SESSION* session) {
 
 void prepare() {
     for (auto& one : settings.upstreams)
-        for (auto& peer : parse_upstream(one)) upstreams.push_back(std::make_unique<Upstream>(peer));
+        for (auto& peer : parse_upstream(one))
+            upstreams.push_back(std::make_unique<Upstream>(peer));
     ctx = SSL_CTX_new(TLS_client_method());
     SSL_CTX_set_min_proto_version(ctx, TLS1_2_VERSION);  // RFC 9325 3.1.1
     SSL_CTX_set_options(ctx, SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION);
@@ -532,7 +514,8 @@ void prepare() {
     SSL_CTX_set_mode(ctx, SSL_MODE_RELEASE_BUFFERS);
     SSL_CTX_dane_enable(ctx);  // OpenSSL's way to compare keys with pins
     for (auto& file : settings.ca)
-        if (!SSL_CTX_load_verify_file(ctx, file.c_str())) throw BadOption("no certificates in " + file);
+        if (!SSL_CTX_load_verify_file(ctx, file.c_str()))
+            throw BadOption("no certificates in " + file);
     if (settings.ca.empty()) SSL_CTX_set_default_verify_paths(ctx);
 }
 
@@ -544,24 +527,19 @@ struct Connection {
 
     explicit Connection(Upstream& to) : upstream(to), ssl(SSL_new(ctx)) {  // begins to connect
         fd = socket(to.address.any.sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-        const int one = 1, error = errno;
         local = fd < 0 || !ssl || !SSL_set_fd(ssl.get(), fd) || !expect();
-        if (local) {
-            fail(4, strerror(error));
-            return;
-        }
+        if (local) fail("cannot be dialled: no open files or memory left");
+        if (local) return;
         SSL_set_app_data(ssl.get(), &to);
-        SSL_set_connect_state(ssl.get());
         // The group that this server chose before goes first, else it asks for a second hello.
         int groups[] = {NID_X25519, NID_X9_62_prime256v1, NID_secp384r1, NID_secp521r1};
-        auto chosen = std::find(groups, std::end(groups), to.group.load());
-        if (chosen != std::end(groups)) std::rotate(groups, chosen, chosen + 1);
+        std::stable_partition(groups, std::end(groups), [&](int one) { return one == to.group; });
         SSL_set1_groups(ssl.get(), groups, std::size(groups));
         if (Session ticket = to.ticket()) SSL_set_session(ssl.get(), ticket.get());
-        setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+        set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
         events = POLLOUT;
         if (connect(fd, &to.address.any, to.address.size()) && errno != EINPROGRESS)
-            fail(4, strerror(errno));
+            fail(strerror(errno));
     }
 
     ~Connection() {
@@ -576,35 +554,42 @@ struct Connection {
         ERR_clear_error();
         int result = 1;
         if (stage == Handshake) {  // [4]
-            if ((result = SSL_do_handshake(ssl.get())) != 1) return again(result);
-            learn();
+            if ((result = SSL_connect(ssl.get())) != 1) return again(result);
+            verified = true;  // OpenSSL has judged the certificate, and the protocol chosen by ALPN
+            since = Clock::now();
+            upstream.group = int(SSL_get_negotiated_group(ssl.get()));
+            stage = Idle;
+            tell(4, [&] { return how() + ", " + upstream.name + " verified"; });
         }
         if (stage == Idle && !out_.empty()) stage = Send;
         if (stage == Send) {  // [5] RFC 7858 3.3: length and message together, in one record
-            if ((result = SSL_write(ssl.get(), out_.data(), int(out_.size()))) <= 0) return again(result);
-            const int one = 1;  // else the tickets' acknowledgement, and so the answer, is 40 ms late
-            setsockopt(fd, IPPROTO_TCP, TCP_QUICKACK, &one, sizeof one);
+            result = SSL_write(ssl.get(), out_.data(), int(out_.size()));
+            if (result <= 0) return again(result);
+            // Else the tickets' acknowledgement, and with it the answer, is 40 ms late.
+            set_option(fd, IPPROTO_TCP, TCP_QUICKACK, 1);
             since = Clock::now();
             tell(5, [&] { return text("2 + %zu octets in one record", out_.size() - 2); });
             out_.clear();
             stage = Read;
         }
         while (stage == Read) {  // [6] the length, then as many octets
-            if ((result = SSL_read(ssl.get(), &in[have_], int(in.size() - have_))) <= 0) return again(result);
+            result = SSL_read(ssl.get(), &in_[have_], int(in_.size() - have_));
+            if (result <= 0) return again(result);
             have_ += size_t(result);
-            if (have_ == 2) in.resize(2 + size_t(u16(in, 0)));
-            if (have_ == in.size()) stage = Done;
+            if (have_ == 2) in_.resize(2 + size_t(u16(in_, 0)));
+            if (have_ == in_.size()) stage = Done;
         }
-        if (stage == Done) in.erase(in.begin(), in.begin() + 2);
-        if (stage == Done) tell(6, [&] { return text("2 + %zu octets", in.size()); });
+        if (stage == Done) tell(6, [&] { return text("2 + %zu octets", in_.size() - 2); });
         return stage;
     }
 
-    void send(const Query& query, const Bytes& message) {  // when Idle or before; once for an answer
+    Bytes answer() const { return {in_.begin() + 2, in_.end()}; }  // when Done
+
+    void send(const Query& query, const Bytes& message) {  // when Idle or before
         query_ = &query;
         ready = stage == Idle;
         out_ = frame(message);
-        in.resize(2);
+        in_.resize(2);
         have_ = 0;
         if (ready) tell(4, [&] { return how() + ", " + upstream.name + " was verified before"; });
     }
@@ -616,17 +601,17 @@ struct Connection {
     }
 
     std::string how() const {
-        return text("%s %s %s", SSL_get_version(ssl.get()),
-                    SSL_session_reused(ssl.get()) ? "resumed" : "full", ready ? "ready" : "dialled");
+        const char* session = SSL_session_reused(ssl.get()) ? "resumed" : "full";
+        return text("%s %s %s", SSL_get_version(ssl.get()), session, ready ? "ready" : "dialled");
     }
 
     std::string trouble() const {  // why it Failed, or is late
-        const char* late = stage == Handshake ? "no TLS connection in time" : "no whole answer in time";
+        const char* late = stage == Handshake ? "no TLS connection in time" : "no answer in time";
         return upstream.address.str() + " " + (stage == Failed ? why_ : late);
     }
 
-    Stage fail(int step, const std::string& why) {
-        tell(step, [&] { return why; });
+    Stage fail(const std::string& why) {
+        tell(stage < Idle ? 4 : stage < Read ? 5 : stage < Done ? 6 : 7, [&] { return why; });
         why_ = why;
         return stage = Failed;
     }
@@ -640,33 +625,16 @@ struct Connection {
     bool local = false;     // it failed for want of something here
     bool ready = false;     // it was when the query came
     Time since;             // when it became Idle, or its query was sent
-    Bytes in;               // the answer, when Done
 
 private:
-    // RFC 7858 4.2: a key of the verified chain, the server's own (usage 1) or one that signed it (0),
-    // must be a pin (selector 1: the key; type 1: its SHA-256). RFC 8310 6.4: and the name as well.
+    // SNI, the name, and RFC 7858 4.2: a key of the verified chain, the server's own (usage 1) or
+    // one that signed it (0), must be a pin (selector 1: a key; type 1: its SHA-256), RFC 8310 6.4.
     bool expect() {
-        const char* name = upstream.name.c_str();
-        bool done = SSL_set_tlsext_host_name(ssl.get(), name) && SSL_set1_host(ssl.get(), name) &&
-                    (upstream.pins.empty() || SSL_dane_enable(ssl.get(), name) > 0);
+        bool done = SSL_dane_enable(ssl.get(), upstream.name.c_str()) > 0;
         for (auto& pin : upstream.pins)
-            for (uint8_t usage : {0, 1})
-                done = done && SSL_dane_tlsa_add(ssl.get(), usage, 1, 1, pin.data(), pin.size()) > 0;
+            for (int usage : {0, 1})
+                done &= SSL_dane_tlsa_add(ssl.get(), usage, 1, 1, pin.data(), pin.size()) > 0;
         return done;
-    }
-
-    Stage learn() {  // what the handshake, in which OpenSSL judged the certificate and ALPN, tells
-        verified = true;
-        since = Clock::now();
-        upstream.group = int(SSL_get_negotiated_group(ssl.get()));
-        tell(4, [&] { return how() + ", " + upstream.name + " verified, certificate valid until " + valid(); });
-        return stage = Idle;
-    }
-
-    std::string valid() const {
-        tm until{};
-        ASN1_TIME_to_tm(X509_get0_notAfter(SSL_get0_peer_certificate(ssl.get())), &until);
-        return text("%d-%02d-%02d", until.tm_year + 1900, until.tm_mon + 1, until.tm_mday);
     }
 
     Stage again(int result) {  // after an OpenSSL call that did not succeed
@@ -675,14 +643,12 @@ private:
         if (kind == SSL_ERROR_WANT_READ || kind == SSL_ERROR_WANT_WRITE) return stage;
         const long verdict = verified ? X509_V_OK : SSL_get_verify_result(ssl.get());
         const char* reason = ERR_reason_error_string(ERR_peek_error());
-        const int step = stage < Idle ? 4 : stage < Read ? 5 : 6;
         if (verdict == X509_V_ERR_HOSTNAME_MISMATCH)
-            return fail(step, "certificate does not match " + upstream.name);
-        if (verdict == X509_V_ERR_DANE_NO_MATCH)
-            return fail(step, "certificate chain has no key that is pinned");
-        if (verdict) return fail(step, text("certificate: %s", X509_verify_cert_error_string(verdict)));
-        if (reason) return fail(step, text("TLS failed: %s", reason));
-        return fail(step, kind == SSL_ERROR_SYSCALL && error ? strerror(error) : "closed the connection");
+            return fail("certificate does not match " + upstream.name);
+        if (verdict == X509_V_ERR_DANE_NO_MATCH) return fail("certificate has no pinned key");
+        if (verdict) return fail(text("certificate: %s", X509_verify_cert_error_string(verdict)));
+        if (reason) return fail(text("TLS failed: %s", reason));
+        return fail(kind == SSL_ERROR_SYSCALL && error ? strerror(error) : "closed the connection");
     }
 
     void tell(int step, auto what) const {
@@ -690,8 +656,8 @@ private:
     }
 
     const Query* query_ = nullptr;
-    Bytes out_;
-    size_t have_ = 0;  // octets of `in`
+    Bytes out_, in_;   // framed
+    size_t have_ = 0;  // octets of in
     std::string why_;
 };
 
@@ -702,14 +668,14 @@ bool Upstream::tend() {
         const Clock::duration age = now - oldest->since;
         const bool alive = oldest->alive();
         Lock lock(mutex_);
-        if (alive && age < idle_limit_ && (parked_.size() < warm_stock || now < asked_ + seconds(5))) {
+        const bool late = age >= idle_limit_, busy = now < asked_ + seconds(5);
+        if (alive && !late && (busy || parked_.size() < warm_stock)) {
             parked_.push_front(std::move(oldest));
             break;
         }
         // Closed by the other end: so this is its limit. Not closed: it may be longer, try that.
-        if (alive ? age >= idle_limit_ : age > shortest_idle)
-            idle_limit_ = std::clamp<Clock::duration>(alive ? age * 6 / 5 : age * 4 / 5, shortest_idle,
-                                                      longest_idle);
+        if (!alive && age > shortest_idle) idle_limit_ = std::max(age * 4 / 5, shortest_idle);
+        if (alive && late) idle_limit_ = std::min(age * 6 / 5, longest_idle);
     }
     Lock lock(mutex_);
     return asked_ != Time{} && now - asked_ < warm_time && failures_ == 0 &&
@@ -722,15 +688,13 @@ constexpr size_t most_tries = 3;  // RFC 9520 3.1
 
 // Whom to ask next: the first in the user's order that is well, rather not the one asked last.
 static Upstream* choose(const Upstream* last) {
-    Upstream* again = nullptr;
-    for (auto& upstream : upstreams) {
-        if (upstream.get() == last) again = upstream.get();
-        else if (upstream->available()) return upstream.get();
-    }
-    return again && again->available() ? again : nullptr;
+    for (const Upstream* not_this : {last, static_cast<const Upstream*>(nullptr)})
+        for (auto& upstream : upstreams)
+            if (upstream.get() != not_this && upstream->available()) return upstream.get();
+    return nullptr;
 }
 
-// One query in ten may be raced, beyond a burst: a resolver that is slow is not asked twice as much.
+// One query in ten may be raced, beyond a burst: a slow resolver is not asked twice as much.
 constexpr int race_price = 10, race_burst = 20 * race_price;
 static std::atomic<int> race_budget{race_burst};
 
@@ -751,11 +715,12 @@ static bool ended(const Query& query, Connection& one, Outcome& outcome) {
     if (one.advance() < Connection::Done) return false;
     std::optional<Bytes> clean;
     if (one.stage == Connection::Done) {  // [7]
-        query.show("answer over TLS", one.in);
-        const Layout layout = parse(one.in);
-        if (matches(query, one.in, layout)) clean = unpad(query, one.in, layout);
-        if (!clean) one.fail(7, "sent what is no answer to this query");
-        else query.tell(7, [&] { return text("%zu -> %zu octets", one.in.size(), clean->size()); });
+        const Bytes answer = one.answer();
+        const Layout layout = parse(answer);
+        query.show("answer over TLS", answer);
+        if (matches(query, answer, layout)) clean = unpad(query, answer, layout);
+        if (!clean) one.fail("sent what is no answer to this query");
+        else query.tell(7, [&] { return text("%zu -> %zu octets", answer.size(), clean->size()); });
     }
     outcome.good = clean.has_value();
     outcome.detail = clean ? one.upstream.name + " " + one.how() : one.trouble();
@@ -813,11 +778,11 @@ Outcome resolve(const Query& query) {
     ask(query, message, outcome);
     if (!outcome.good) outcome.octets = reply(query, SERVFAIL, 23);  // EDE: Network Error
     const size_t whole = outcome.octets.size();
-    if (!query.tcp) outcome.octets = cut(query, outcome.octets, udp_limit(query, size_t(settings.max_udp)));
-    const bool was_cut = outcome.octets.size() < whole;  // [8]
+    outcome.octets = cut(query, outcome.octets, size_t(settings.max_udp));  // [8]
     query.tell(8, [&] {
-        const std::string rcode = rcode_name(outcome.octets[3] & 15);
-        return rcode + text(", %zu octets%s", outcome.octets.size(), was_cut ? ", cut, TC set" : "");
+        const size_t size = outcome.octets.size();
+        const char* was_cut = size < whole ? ", cut, TC set" : "";
+        return rcode_name(outcome.octets[3] & 15) + text(", %zu octets%s", size, was_cut);
     });
     query.show("answer", outcome.octets);
     return outcome;
@@ -836,14 +801,14 @@ static void open(Upstream& upstream) {
 void restock(Outcome used) {
     for (auto& one : used.tries) {
         Upstream& upstream = one->upstream;
-        const int wanted = settings.reuse ? 0 : one->ready ? 1 : 2;  // a miss parks two: too few there
+        int wanted = settings.reuse ? 0 : one->ready ? 1 : 2;  // after a miss one more
         if (settings.reuse && one->stage == Connection::Done && upstream.reserve()) {
             one->stage = Connection::Idle;
             one->since = Clock::now();
             upstream.park(one);
         }
         one.reset();
-        for (int i = 0; i < wanted; i++) open(upstream);
+        while (wanted-- > 0) open(upstream);
         upstream.tend();  // reads the tickets of the next one now, and not while a client waits
     }
 }

@@ -15,8 +15,8 @@
 //     |           | <-------- | [8] answer, or cut it (TC)|       |       |
 //     +-----------+           +---------------------------+       +-------+
 //
-// What it is not: a cache, a validator, an authoritative server or a client of plain DNS. There is no
-// code path that sends a query in the clear and none that sends one to a server not authenticated.
+// What it is not: a cache, a validator, an authoritative server or a client of plain DNS. There is
+// no code path that sends a query in the clear, or to a server that is not authenticated.
 //
 // Reading order: this file; dot.cpp (how a query travels); main.cpp (how the program runs).
 // Errors come in three tiers: before the first thread starts, functions throw; while serving, they
@@ -25,7 +25,6 @@
 
 #include <netinet/in.h>
 
-#include <array>
 #include <chrono>
 #include <memory>
 #include <optional>
@@ -55,12 +54,15 @@ constexpr size_t header_size = 12;         // RFC 1035 4.1.1
 constexpr size_t longest_message = 65535;  // two octets of length, RFC 1035 4.2.2
 constexpr size_t padding_block = 128;      // RFC 8467 4.1
 
+struct Option { int code; Bytes data; };  // of an OPT record, RFC 6891 6.1.2
+
 // Where the parts of a message are. Positions count octets from the message's start.
 struct Layout {
     const char* fault = nullptr;  // why it does not parse; nullptr: it does
     size_t question_end = header_size;
     size_t opt = 0, opt_end = 0;  // the OPT record; 0: it has none
     size_t end = header_size;     // of the last record; the message may go on behind it
+    std::vector<Option> options;  // of that record
     bool edns = false;            // an OPT was seen, even if a faulty one
     bool dnssec_ok = false;       // its DO bit
     size_t udp_size = 512;        // the longest UDP answer its sender takes
@@ -101,13 +103,12 @@ bool matches(const Query& query, const Bytes& answer, const Layout& layout);
 
 // [7] The answer as the client may see it: without padding and keepalive, which are between this
 // proxy and the resolver (RFC 7830 6, RFC 7828 3.4), and without OPT if the client sent none
-// (RFC 6891 7). nullopt: there is no such form, as with an extended rcode for a client without EDNS.
-std::optional<Bytes> unpad(const Query& query, Bytes answer, const Layout& layout);
+// (RFC 6891 7). nullopt: there is no such form, as of an extended rcode for a client without EDNS.
+std::optional<Bytes> unpad(const Query& query, Bytes answer, Layout layout);
 
-// [8] The answer if it fits `limit` octets, else its header, question and OPT with TC set.
-Bytes cut(const Query& query, Bytes answer, size_t limit);
-// What a UDP client can take, RFC 6891 6.2.5: at least 512 and at most `most` octets.
-size_t udp_limit(const Query& query, size_t most);
+// [8] The answer if its client can take it, else its header, question and OPT with TC set. Over UDP
+// that is 512 octets, or what its OPT says, but not more than `most_udp`, RFC 6891 6.2.5.
+Bytes cut(const Query& query, Bytes answer, size_t most_udp);
 
 // [8] An answer of the proxy's own. To an EDNS client it has an OPT, and an Extended DNS Error
 // (RFC 8914) if `ede` is not negative. QR, opcode, RD, and CD and RA with SERVFAIL, are set.
@@ -119,6 +120,8 @@ Bytes reply(const Query& query, int rcode, int ede = -1);
 Bytes frame(const Bytes& message);
 // A whole message from a blocking stream socket. nullopt: closed, cut short or late.
 std::optional<Bytes> read_frame(int fd, Time until);
+
+void set_option(int fd, int level, int option, int value);  // a socket's; as setsockopt(2)
 
 // An IP address and port.
 union Address {
@@ -137,8 +140,8 @@ int parse_number(const std::string& from, int least, int most, const std::string
 // One address of a resolver, and who it must prove to be.
 struct Peer {
     Address address;
-    std::string name;                           // must be in the certificate's SAN, RFC 8310 8.1
-    std::vector<std::array<uint8_t, 32>> pins;  // if any, the SHA-256 of a key, RFC 7858 4.2
+    std::string name;         // must be in the certificate's SAN, RFC 8310 8.1
+    std::vector<Bytes> pins;  // if any, the SHA-256 of a key of its chain, RFC 7858 4.2
 };
 // cloudflare | google | quad9 | ADDR[@PORT]#NAME[,pin-sha256=BASE64]...; throws BadOption.
 std::vector<Peer> parse_upstream(const std::string& from);
@@ -147,7 +150,8 @@ std::vector<Peer> parse_upstream(const std::string& from);
 struct Settings {
     std::vector<std::string> listen, upstreams;
     std::vector<std::string> ca;  // files of the certificates to trust; none: the system's
-    int queries = 512, timeout = 4000, ready = 64, max_udp = 1232, reuse = 0, quiet = 0, verbose = 0;
+    int queries = 512, timeout = 4000, ready = 64, max_udp = 1232, verbose = 0;
+    bool reuse = false, quiet = false;
 };
 extern Settings settings;  // set before the first thread starts
 void prepare();            // from the settings, before all below; throws BadOption

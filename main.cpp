@@ -1,7 +1,7 @@
 // main.cpp - how the program runs: options, listeners, threads, signals; main comes last.
 //
-// One thread for each UDP socket, one for each TCP listener, one for each TCP client, and a detached
-// one for each query. The main thread waits for signals. Slots bound all that strangers can start.
+// One thread for each UDP socket, one for each TCP listener, one for each TCP client, and a
+// detached one for each query. The main thread waits for signals. Slots bound what strangers start.
 #include <getopt.h>
 #include <malloc.h>
 #include <netinet/tcp.h>
@@ -11,20 +11,18 @@
 
 #include <csignal>
 #include <cstdio>
-#include <cstring>
 #include <functional>
 #include <mutex>
 #include <thread>
-#include <variant>
 
 #include "dot.hpp"
 
 using namespace dot;
 using std::chrono::milliseconds;
 using std::chrono::seconds;
-using Strings = std::vector<std::string>;
 
-const Strings default_listen{"127.0.0.1@53", "::1@53"}, default_upstreams{"cloudflare"};
+const std::vector<std::string> default_listen{"127.0.0.1@53", "::1@53"};
+const std::vector<std::string> default_upstreams{"cloudflare"};
 
 constexpr const char* version = "0.1";
 constexpr seconds idle_limit{10};  // for a TCP client to send a whole query, RFC 7766 6.2.3
@@ -34,67 +32,48 @@ constexpr int most_queries_of_client = 32;  // in flight, on one TCP connection
 
 // ---- Options -----------------------------------------------------------------------------------
 
-// `help` has %s where the default is printed.
-struct Option {
-    char letter;
-    const char *word, *value, *help;
-    std::variant<int*, Strings*> to;
-    int least = 0, most = 0;
-};
-
-static std::vector<Option> options(Settings& s) {
-    return {
-        {'l', "listen", " ADDR[@PORT]", "where to listen, UDP and TCP; repeatable        [%s]", &s.listen},
-        {'u', "upstream", " UPSTREAM", "whom to ask, in this order; repeatable          [%s]\n%31s"
-         "cloudflare | google | quad9, or ADDR[@PORT]#NAME[,pin-sha256=BASE64]...", &s.upstreams},
-        {'c', "ca", " FILE", "certificates to trust                           [the system's]", &s.ca},
-        {'n', "queries", " N", "queries in flight at most                       [%s]", &s.queries, 1, 10000},
-        {'t', "timeout", " MS", "for a whole query                               [%s]", &s.timeout, 1, 60000},
-        {'k', "ready", " N", "ready connections kept for an upstream at most  [%s], 0: open one when asked",
-         &s.ready, 0, 1000},
-        {'R', "reuse", "", "use a connection for more than one query", &s.reuse},
-        {'m', "max-udp", " N", "longest UDP answer, octets                      [%s]", &s.max_udp, 512, 65535},
-        {'q', "quiet", "", "no line per query", &s.quiet},
-        {'v', "verbose", "", "the eight steps of every query; -vv adds the octets, annotated", &s.verbose},
-    };
-}
-
 static void print_help() {
-    Settings defaults{.listen = default_listen, .upstreams = default_upstreams, .ca = {}};
-    puts("dot-proxy [options]");
-    for (const Option& o : options(defaults)) {
-        std::string value;
-        if (auto number = std::get_if<int*>(&o.to)) value = std::to_string(**number);
-        if (auto list = std::get_if<Strings*>(&o.to))
-            for (auto& one : **list) value += (value.empty() ? "" : " ") + one;
-        printf("  -%c, --%-22s ", o.letter, (std::string(o.word) + o.value).c_str());
-        printf(o.help, value.c_str(), "");
-        puts("");
-    }
-    puts("  -h, --help   -V, --version");
+    const Settings d;
+    printf(R"(dot-proxy [options]
+  -l, --listen ADDR[@PORT]     where to listen, UDP and TCP; repeatable        [%s %s]
+  -u, --upstream UPSTREAM      whom to ask, in this order; repeatable          [%s]
+                               cloudflare | google | quad9, or ADDR[@PORT]#NAME[,pin-sha256=BASE64]...
+  -c, --ca FILE                certificates to trust                           [the system's]
+  -n, --queries N              queries in flight at most                       [%d]
+  -t, --timeout MS             for a whole query                               [%d]
+  -k, --ready N                ready connections kept for an upstream at most  [%d], 0: open one when asked
+  -R, --reuse                  use a connection for more than one query
+  -m, --max-udp N              longest UDP answer, octets                      [%d]
+  -q, --quiet                  no line per query
+  -v, --verbose                the eight steps of every query; -vv adds the octets, annotated
+  -h, --help   -V, --version
+)", default_listen[0].c_str(), default_listen[1].c_str(), default_upstreams[0].c_str(),
+           d.queries, d.timeout, d.ready, d.max_udp);
 }
 
 // Throws BadOption; of unknown options getopt itself tells.
 static Settings parse_options(int argc, char** argv) {
+    static const option words[] = {
+        {"listen", 1, nullptr, 'l'}, {"upstream", 1, nullptr, 'u'}, {"ca", 1, nullptr, 'c'},
+        {"queries", 1, nullptr, 'n'}, {"timeout", 1, nullptr, 't'}, {"ready", 1, nullptr, 'k'},
+        {"reuse", 0, nullptr, 'R'}, {"max-udp", 1, nullptr, 'm'}, {"quiet", 0, nullptr, 'q'},
+        {"verbose", 0, nullptr, 'v'}, {"help", 0, nullptr, 'h'}, {"version", 0, nullptr, 'V'}, {}};
     Settings s;
-    const std::vector<Option> known = options(s);
-    std::string letters = "hV";
-    std::vector<option> words{{"help", 0, nullptr, 'h'}, {"version", 0, nullptr, 'V'}};
-    for (const Option& o : known) {
-        letters += std::string(1, o.letter) + (*o.value ? ":" : "");
-        words.push_back({o.word, *o.value != 0, nullptr, o.letter});
-    }
-    words.push_back({});
-    for (int c; (c = getopt_long(argc, argv, letters.c_str(), words.data(), nullptr)) != -1;) {
-        if (c == '?') throw BadOption("");
-        if (c == 'h') print_help();
-        if (c == 'V') printf("dot-proxy %s\n", version);
-        if (c == 'h' || c == 'V') exit(0);
-        for (const Option& o : known) {
-            if (o.letter != c) continue;
-            if (auto list = std::get_if<Strings*>(&o.to)) (*list)->push_back(optarg);
-            else *std::get<int*>(o.to) += 1;
-            if (o.most) *std::get<int*>(o.to) = parse_number(optarg, o.least, o.most, o.word);
+    for (int c; (c = getopt_long(argc, argv, "l:u:c:n:t:k:Rm:qvhV", words, nullptr)) != -1;) {
+        switch (c) {
+            case 'l': s.listen.push_back(optarg); break;
+            case 'u': s.upstreams.push_back(optarg); break;
+            case 'c': s.ca.push_back(optarg); break;
+            case 'n': s.queries = parse_number(optarg, 1, 10000, "--queries"); break;
+            case 't': s.timeout = parse_number(optarg, 1, 60000, "--timeout"); break;
+            case 'k': s.ready = parse_number(optarg, 0, 1000, "--ready"); break;
+            case 'm': s.max_udp = parse_number(optarg, 512, 65535, "--max-udp"); break;
+            case 'R': s.reuse = true; break;
+            case 'q': s.quiet = true; break;
+            case 'v': ++s.verbose; break;
+            case 'h': print_help(); exit(0);
+            case 'V': printf("dot-proxy %s\n", version); exit(0);
+            default: throw BadOption("");
         }
     }
     if (optind < argc) throw BadOption(text("unexpected argument '%s'", argv[optind]));
@@ -105,32 +84,22 @@ static Settings parse_options(int argc, char** argv) {
 
 // ---- Listeners ---------------------------------------------------------------------------------
 
-static void set(int fd, int level, int option, int value) {
-    // No option here is worth more than the service: without one it is slower or less precise.
-    setsockopt(fd, level, option, &value, sizeof value);
-}
-
 // A bound socket, for the life of the process. Throws system_error that says what to do.
 static int open_listener(const Address& address, int type) {
+    const bool tcp = type == SOCK_STREAM, six = address.any.sa_family == AF_INET6;
     const int fd = socket(address.any.sa_family, type | SOCK_CLOEXEC, 0);
-    if (type == SOCK_STREAM) set(fd, SOL_SOCKET, SO_REUSEADDR, 1);
-    if (type == SOCK_DGRAM) set(fd, SOL_SOCKET, SO_RCVBUF, 1 << 20);
-    if (address.any.sa_family == AF_INET6) {
-        set(fd, IPPROTO_IPV6, IPV6_V6ONLY, 1);
-        set(fd, IPPROTO_IPV6, IPV6_RECVPKTINFO, 1);  // which address was asked, RFC 2181 4
-    } else {
-        set(fd, IPPROTO_IP, IP_PKTINFO, 1);
-    }
-    if (fd >= 0 && bind(fd, &address.any, address.size()) == 0 &&
-        (type == SOCK_DGRAM || listen(fd, SOMAXCONN) == 0))
-        return fd;
-    const int error = errno;
-    close(fd);
-    const char* fault = error == EADDRINUSE ? "taken" : error == EACCES ? "not permitted" : nullptr;
-    throw std::system_error(error, std::generic_category(),
-                            fault ? text("port %d is %s; try --listen 127.0.0.1@5300",
-                                         ntohs(address.v4.sin_port), fault)
-                                  : address.str());
+    if (tcp) set_option(fd, SOL_SOCKET, SO_REUSEADDR, 1);
+    else set_option(fd, SOL_SOCKET, SO_RCVBUF, 1 << 20);
+    if (six) set_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, 1);
+    // Which of our addresses was asked, for the answer to leave from it: RFC 2181 4.
+    set_option(fd, six ? IPPROTO_IPV6 : IPPROTO_IP, six ? IPV6_RECVPKTINFO : IP_PKTINFO, 1);
+    const bool bound = bind(fd, &address.any, address.size()) == 0;
+    if (bound && (!tcp || listen(fd, SOMAXCONN) == 0)) return fd;
+    const int error = fd < 0 ? EAFNOSUPPORT : errno;
+    const char* fault = error == EADDRINUSE ? "taken" : error == EACCES ? "not allowed" : "no use";
+    const std::string what = text(": port %d is %s; try --listen 127.0.0.1@5300",
+                                  ntohs(address.v4.sin_port), fault);
+    throw std::system_error(error, std::generic_category(), address.str() + what);
 }
 
 // ---- Threads -----------------------------------------------------------------------------------
@@ -164,14 +133,15 @@ static bool detach(auto work) try {
 
 using Send = std::function<void(const Bytes&)>;  // an answer to its client, by any thread
 
-static void finish(const Query& query, const Send& send, const Outcome& outcome) {
+static bool finish(const Query& query, const Send& send, const Outcome& outcome) {
     send(outcome.octets);
     ++ended[outcome.good];
-    if (settings.quiet) return;
+    if (settings.quiet) return true;
     say(text("%s %s %s %s %zu octets %.1f ms%s %s", outcome.good ? "SUCCESS" : "FAILURE",
              query.tcp ? "tcp" : "udp", type_name(query.type()).c_str(),
              rcode_name(outcome.octets[3] & 15).c_str(), outcome.octets.size(),
              ms(Clock::now() - query.taken), outcome.good ? "" : ":", outcome.detail.c_str()));
+    return true;
 }
 
 // [1] and [2] in the thread that received the query; the other steps in one of their own.
@@ -181,25 +151,24 @@ static bool take(Bytes octets, bool tcp, const Send& send) {
     ++taken[tcp];
     const milliseconds timeout(settings.timeout);
     auto query = std::make_shared<Query>(std::move(octets), tcp, settings.verbose, timeout);
-    query->tell(1, [&] { return text("%zu octets, ", query->octets.size()) + (tcp ? "TCP" : "UDP"); });
+    const char* transport = tcp ? "TCP" : "UDP";
+    query->tell(1, [&] { return text("%zu octets over %s", query->octets.size(), transport); });
     query->show("query", query->octets);
     const Verdict verdict = judge(*query);
     query->tell(2, [&] { return verdict.why; });
     if (verdict.rcode == silence) return false;
-    if (verdict.rcode != forward) {
-        finish(*query, send, {reply(*query, verdict.rcode), false, verdict.why});
-        return true;
-    }
+    if (verdict.rcode != forward)
+        return finish(*query, send, {reply(*query, verdict.rcode), false, verdict.why});
     // A TCP client can wait, and then sends no more. A UDP query is never silently lost.
     Permit permit = take_slot(query_slots, tcp);
-    if (!permit || !detach([query, send, permit = std::move(permit)]() mutable {
+    if (permit && detach([query, send, permit = std::move(permit)]() mutable {
             Outcome outcome = resolve(*query);
             finish(*query, send, outcome);
             permit.reset();
             restock(std::move(outcome));
         }))
-        finish(*query, send, {reply(*query, SERVFAIL, 0), false, "too many queries in flight"});
-    return true;
+        return true;
+    return finish(*query, send, {reply(*query, SERVFAIL, 0), false, "too many queries in flight"});
 }
 
 // Where a UDP query came from, and in `control` which of our addresses it asked.
@@ -242,11 +211,10 @@ static void serve_client(const std::shared_ptr<TcpClient>& client) {
         sem_wait(&client->in_flight);
         const bool in_step = take(std::move(*message), true, [client](const Bytes& answer) {
             const Bytes framed = frame(answer);
-            {
-                std::lock_guard lock(client->writing);
-                if (send(client->fd, framed.data(), framed.size(), MSG_NOSIGNAL) < ssize_t(framed.size()))
-                    shutdown(client->fd, SHUT_RDWR);  // gone, or it does not read: this stream is cut
-            }
+            std::lock_guard lock(client->writing);
+            const ssize_t sent = send(client->fd, framed.data(), framed.size(), MSG_NOSIGNAL);
+            if (sent != ssize_t(framed.size()))
+                shutdown(client->fd, SHUT_RDWR);  // gone, or it does not read: this stream is cut
             sem_post(&client->in_flight);
         });
         if (!in_step) return;
@@ -264,7 +232,7 @@ static void serve_tcp(int listener) {
         auto client = std::make_shared<TcpClient>(fd, std::move(permit));
         const timeval limit{idle_limit.count(), 0};  // on Linux, for one whole send()
         setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
-        set(fd, IPPROTO_TCP, TCP_NODELAY, 1);
+        set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
         detach([client] { serve_client(client); });
     }
 }
@@ -286,9 +254,14 @@ static int run() {
     files.rlim_cur = files.rlim_max;
     setrlimit(RLIMIT_NOFILE, &files);  // if it fails, there are as many as there were
     std::vector<int> udp, tcp;
-    for (auto& address : addresses) {
+    for (auto& address : addresses) try {
         udp.push_back(open_listener(address, SOCK_DGRAM));
         tcp.push_back(open_listener(address, SOCK_STREAM));
+    } catch (const std::system_error& e) {  // a host without IPv6 is served without it
+        const int error = e.code().value();
+        const bool none = error == EAFNOSUPPORT || error == EADDRNOTAVAIL;
+        if (!none || address.any.sa_family != AF_INET6 || addresses.size() == 1) throw;
+        say("no IPv6 here: " + address.str() + " is left out");
     }
     sem_init(&query_slots, 0, unsigned(settings.queries));
     sem_init(&client_slots, 0, most_clients);
@@ -304,8 +277,10 @@ static int run() {
         if (sigwait(&signals, &caught) == 0 && caught == SIGUSR1) print_totals();
     stopping = true;
     const Time until = Clock::now() + grace;
-    for (int free = 0; free < settings.queries && Clock::now() < until; sem_getvalue(&query_slots, &free))
+    for (int free = 0; free < settings.queries && Clock::now() < until;) {
         std::this_thread::sleep_for(milliseconds(5));
+        sem_getvalue(&query_slots, &free);
+    }
     print_totals();
     _exit(0);  // no destructors: listeners and clients still run
 }

@@ -545,7 +545,7 @@ TEST("tls.pins") {  // (79, 80): name and pin must both hold
 
 TEST("tls.resumption_on_every_connection_but_the_first") {  // (82)
     for (int version : {TLS1_3_VERSION, TLS1_2_VERSION}) {
-        Pair p({.max_version = version}, {"-k", "0"});
+        Pair p({.max_version = version, .delay_ms = 40}, {"-k", "0"});
         for (int i = 0; i < 20; i++) CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
         const Seen seen = p.upstream.seen();
         const int raced = int(seen.queries.size()) - 20;  // on a slow machine; they may find no ticket
@@ -603,7 +603,7 @@ TEST("tls.alpn_is_not_asked_of_the_resolver") {  // (72)
 }
 
 TEST("tls.a_second_hello_happens_once") {  // (86): the group is remembered
-    Pair p({.groups = "P-384"}, {"-k", "0"});
+    Pair p({.groups = "P-384", .delay_ms = 60}, {"-k", "0"});  // slow enough to be raced by none
     for (int i = 0; i < 5; i++) CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
     const Seen seen = p.upstream.seen();  // a second hello is seen as another hello of the same handshake
     const size_t raced = seen.queries.size() - 5, seconds = seen.names.size() - size_t(seen.handshakes);
@@ -851,7 +851,9 @@ TEST("race.a_raced_query_is_answered_once") {
     c.send(make_query("slow700.test"));
     CHECK(c.receive());
     CHECK(!c.readable(1));
-    CHECK(p.upstream.seen().queries.size() <= 8u);  // never more than three tries
+    const auto all = p.upstream.seen().queries;
+    const auto of_this = std::count_if(all.begin(), all.end(), [](auto& q) { return q[13] == 's'; });
+    CHECK_WHY(of_this >= 2 && of_this <= 3, std::to_string(of_this));  // never more than three tries
     p.proxy.stop();
 }
 

@@ -183,7 +183,7 @@ TEST("unpad.what_has_no_form_for_the_client") {
 TEST("cut.keeps_header_question_and_opt") {
     Octets a = answer_to(plain);
     for (int i = 0; i < 50; i++) a = with_record(a, pointer, 1, {1, 2, 3, 4}, 7);
-    CHECK(dot::cut(query_of(plain), a, a.size()) == a);
+    CHECK(dot::cut(query_of(plain, true), a, 512) == a);
     const Answer no_opt(dot::cut(query_of(plain), a, 512));
     CHECK(no_opt.tc() && no_opt.octets.size() == plain.size() && no_opt.count(1) == 0 && !no_opt.has_opt);
     const Octets with_opt = [&] { Octets m = a; append(m, opt_record(Edns{4096, true, {0, 15, 0, 2, 0, 9}})); m[11]++; return m; }();
@@ -197,11 +197,21 @@ TEST("cut.keeps_header_question_and_opt") {
     CHECK(Answer(dot::cut(query_of(edns), a, 512)).has_opt);  // the resolver sent none: our own
 }
 
-TEST("cut.udp_limit") {
-    const struct { std::optional<Edns> edns; size_t most, want; } rows[] = {
+TEST("cut.what_a_client_can_take") {
+    const struct { std::optional<Edns> edns; size_t most, limit; } rows[] = {
         {{}, 1232, 512}, {Edns{0}, 1232, 512}, {Edns{511}, 1232, 512}, {Edns{513}, 1232, 513},
         {Edns{1400}, 1232, 1232}, {Edns{65535}, 4096, 4096}, {Edns{700}, 512, 512}};
-    for (auto& row : rows) CHECK_EQ(dot::udp_limit(query_of(make_query("a.test", 1, row.edns)), row.most), row.want);
+    for (auto& row : rows)
+        for (bool tcp : {false, true}) {
+            const Octets q = make_query("a.test", 1, row.edns);
+            Octets fits = with_record(answer_to(plain), pointer, 16, {}, 7);
+            fits = with_record(answer_to(plain), pointer, 16, Octets(row.limit - fits.size(), 0), 7);
+            const Octets longer = with_record(answer_to(plain), pointer, 16, Octets(row.limit - 24 - 11, 0), 7);
+            CHECK_EQ(fits.size(), row.limit);
+            CHECK_EQ(longer.size(), row.limit + 1);
+            CHECK(dot::cut(query_of(q, tcp), fits, row.most) == fits);
+            CHECK((dot::cut(query_of(q, tcp), longer, row.most) == longer) == tcp);
+        }
 }
 
 TEST("reply.flags_opt_and_error") {
