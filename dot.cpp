@@ -22,8 +22,6 @@
 
 namespace dot {
 
-using std::chrono::milliseconds;
-using std::chrono::seconds;
 using Lock = std::lock_guard<std::mutex>;
 
 std::string text(const char* format, ...) {
@@ -65,15 +63,15 @@ std::string rcode_name(int rcode) {
 std::string type_name(int type) {
     static const struct { int type; const char* name; } names[] = {
         {0, "-"}, {1, "A"}, {2, "NS"}, {5, "CNAME"}, {6, "SOA"}, {12, "PTR"}, {15, "MX"},
-        {16, "TXT"}, {28, "AAAA"}, {33, "SRV"}, {43, "DS"}, {46, "RRSIG"}, {48, "DNSKEY"},
-        {64, "SVCB"}, {65, "HTTPS"}, {251, "IXFR"}, {252, "AXFR"}, {255, "ANY"}};
+        {16, "TXT"}, {28, "AAAA"}, {33, "SRV"}, {43, "DS"}, {48, "DNSKEY"}, {65, "HTTPS"},
+        {251, "IXFR"}, {252, "AXFR"}, {255, "ANY"}};
     for (auto& known : names)
         if (known.type == type) return known.name;
     return text("TYPE%d", type);
 }
 
 // Where the name at `at` ends; 0: it does not, or it is longer than RFC 1035 2.3.4 allows. A
-// pointer ends a name and is not followed: what it points to is not needed, so there are no circles.
+// pointer ends a name and is not followed: what it points to is not needed, and it may be a circle.
 static size_t skip_name(const Bytes& m, size_t at, bool pointers) {
     for (size_t start = at; at < m.size() && at - start < 255; at += 1 + m[at]) {
         if (m[at] == 0) return at + 1;
@@ -347,16 +345,15 @@ std::vector<Peer> parse_upstream(const std::string& from) {
             if (from == resolver.alias)
                 peers.push_back({parse_address(address, 853), resolver.name, {}});
     if (!peers.empty()) return peers;
-    // A name with a letter, so that it is no IP address. 32 octets are 43 digits of base64 and "=".
+    // Not port 53, RFC 7858 3.1. A name with a letter, so that it is no IP address. The base64 of
+    // 32 octets is 43 digits and "=".
     static const std::regex form(
-        "([^#]*)#([\\w.-]*[A-Za-z][\\w.-]*)((,pin-sha256=[A-Za-z0-9+/]{43}=)*)");
+        "((?!.*@0*53#)[^#]*)#([\\w.-]*[A-Za-z][\\w.-]*)((,pin-sha256=[A-Za-z0-9+/]{43}=)*)");
     std::smatch part;
     if (!std::regex_match(from, part, form))
-        throw BadOption("upstream '" + from + "' is not cloudflare, google, quad9 or "
-                        "ADDR[@PORT]#NAME[,pin-sha256=BASE64]... with the NAME it must prove");
+        throw BadOption("'" + from + "' is not cloudflare, google, quad9 or ADDR[@PORT]#NAME[,pin-"
+                        "sha256=BASE64]..., with the NAME it must prove and another PORT than 53");
     Peer peer{parse_address(part[1], 853), part[2], {}};
-    if (peer.address.v4.sin_port == htons(53))  // RFC 7858 3.1
-        throw BadOption("upstream '" + from + "': port 53 is for cleartext");
     for (std::string pins = part[3]; !pins.empty(); pins = pins.substr(56)) {
         uint8_t octets[33];  // the last one stands for the "="
         EVP_DecodeBlock(octets, reinterpret_cast<const uint8_t*>(&pins[12]), 44);
@@ -370,15 +367,12 @@ Settings settings;
 static std::vector<std::unique_ptr<struct Upstream>> upstreams;
 static SSL_CTX* ctx;
 
-template <auto release>
-struct Release { void operator()(auto* handle) const { release(handle); } };
-using Session = std::unique_ptr<SSL_SESSION, Release<SSL_SESSION_free>>;
+using Session = std::shared_ptr<SSL_SESSION>;
 using Connections = std::vector<std::shared_ptr<Connection>>;
 
 constexpr seconds longest_rest{300};       // RFC 9520 3.2: a failure is remembered 5 min at most
 constexpr long oldest_ticket = 7 * 86400;  // seconds, RFC 8446 4.6.1
-constexpr size_t most_tickets = 128;
-constexpr size_t warm_stock = 2;           // ready connections, even if little is asked
+constexpr size_t most_tickets = 128, warm_stock = 2;  // ready connections, even if little is asked
 constexpr seconds warm_time{300};          // after the last query
 constexpr Clock::duration longest_idle = seconds(25), shortest_idle = seconds(1);
 constexpr Clock::duration least_wait = milliseconds(10);  // else races are about the scheduler
@@ -438,9 +432,8 @@ struct Upstream : Peer {
             tickets_.pop_back();
             if (time(nullptr) - SSL_SESSION_get_time(newest.get()) >= oldest_ticket) continue;
             // TLS 1.2 shows its ticket to every observer anyway, and seldom gives a new one.
-            if (SSL_SESSION_get_protocol_version(newest.get()) < TLS1_3_VERSION &&
-                SSL_SESSION_up_ref(newest.get()))
-                tickets_.emplace_back(newest.get());
+            if (SSL_SESSION_get_protocol_version(newest.get()) < TLS1_3_VERSION)
+                tickets_.push_back(newest);
             return newest;
         }
         return nullptr;
@@ -458,9 +451,7 @@ struct Upstream : Peer {
     // A place for one more, to be filled by park(). false: there are enough.
     bool reserve() {
         Lock lock(mutex_);
-        const bool place = parked_.size() + opening_ < size_t(settings.ready);
-        opening_ += place;
-        return place;
+        return parked_.size() + opening_ < size_t(settings.ready) && ++opening_ > 0;
     }
 
     void park(std::shared_ptr<Connection> connection) {  // empty: it came to nothing
@@ -490,7 +481,7 @@ private:
 // Every setting that decides whom the proxy trusts is in tls_context() and Connection().
 
 static int keep_ticket(SSL* ssl, SSL_SESSION* session) {
-    Session ticket(session);
+    Session ticket(session, SSL_SESSION_free);
     if (SSL_SESSION_get_protocol_version(session) < TLS1_3_VERSION ||
         SSL_SESSION_get_ticket_lifetime_hint(session) > 0)  // RFC 8446 4.6.1: 0 is to be discarded
         static_cast<Upstream*>(SSL_get_app_data(ssl))->keep(std::move(ticket));
@@ -525,7 +516,8 @@ struct Connection {
     // In the order in which they come. Idle: verified, and nothing to send yet.
     enum Stage { Handshake, Idle, Send, Read, Done, Failed };
 
-    explicit Connection(Upstream& to) : upstream(to), ssl(SSL_new(ctx)) {  // begins to connect
+    // Begins to connect.
+    explicit Connection(Upstream& to) : upstream(to), ssl(SSL_new(ctx), SSL_free) {
         fd = socket(to.address.any.sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
         local = fd < 0 || !ssl || !SSL_set_fd(ssl.get(), fd) || !expect();
         if (local) fail("cannot be dialled: no open files or memory left");
@@ -617,7 +609,7 @@ struct Connection {
     }
 
     Upstream& upstream;
-    const std::unique_ptr<SSL, Release<SSL_free>> ssl;
+    const std::shared_ptr<SSL> ssl;
     int fd;
     Stage stage = Handshake;
     short events = 0;       // what advance() waits for, as of poll(2)
@@ -758,8 +750,7 @@ static void ask(const Query& query, const Bytes& message, Outcome& outcome) {
             tries.push_back(connect_to(*(last = next)));
             tries.back()->send(query, message);
         }
-        if (next) next_try = next->patience(tries.back()->ready);
-        else if (late) next_try = Time::max();
+        if (next || late) next_try = next ? next->patience(tries.back()->ready) : Time::max();
         running = 0;
         for (auto& one : tries)
             if (one->stage < Connection::Done && !ended(query, *one, outcome)) ++running;

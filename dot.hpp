@@ -37,6 +37,8 @@ namespace dot {
 using Bytes = std::vector<uint8_t>;
 using Clock = std::chrono::steady_clock;  // the wall clock jumps; deadlines must not
 using Time = Clock::time_point;
+using std::chrono::milliseconds;
+using std::chrono::seconds;
 using BadOption = std::invalid_argument;  // what the user asked for cannot be done: exit 2
 
 std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));

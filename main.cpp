@@ -18,13 +18,9 @@
 #include "dot.hpp"
 
 using namespace dot;
-using std::chrono::milliseconds;
-using std::chrono::seconds;
 
-const std::vector<std::string> default_listen{"127.0.0.1@53", "::1@53"};
-const std::vector<std::string> default_upstreams{"cloudflare"};
+const Settings defaults{{"127.0.0.1@53", "::1@53"}, {"cloudflare"}, {}};
 
-constexpr const char* version = "0.1";
 constexpr seconds idle_limit{10};  // for a TCP client to send a whole query, RFC 7766 6.2.3
 constexpr seconds grace{3};        // for the queries in flight when the program is to end
 constexpr int most_clients = 256;  // TCP
@@ -33,7 +29,6 @@ constexpr int most_queries_of_client = 32;  // in flight, on one TCP connection
 // ---- Options -----------------------------------------------------------------------------------
 
 static void print_help() {
-    const Settings d;
     printf(R"(dot-proxy [options]
   -l, --listen ADDR[@PORT]     where to listen, UDP and TCP; repeatable        [%s %s]
   -u, --upstream UPSTREAM      whom to ask, in this order; repeatable          [%s]
@@ -47,8 +42,8 @@ static void print_help() {
   -q, --quiet                  no line per query
   -v, --verbose                the eight steps of every query; -vv adds the octets, annotated
   -h, --help   -V, --version
-)", default_listen[0].c_str(), default_listen[1].c_str(), default_upstreams[0].c_str(),
-           d.queries, d.timeout, d.ready, d.max_udp);
+)", defaults.listen[0].c_str(), defaults.listen[1].c_str(), defaults.upstreams[0].c_str(),
+           defaults.queries, defaults.timeout, defaults.ready, defaults.max_udp);
 }
 
 // Throws BadOption; of unknown options getopt itself tells.
@@ -72,13 +67,13 @@ static Settings parse_options(int argc, char** argv) {
             case 'q': s.quiet = true; break;
             case 'v': ++s.verbose; break;
             case 'h': print_help(); exit(0);
-            case 'V': printf("dot-proxy %s\n", version); exit(0);
+            case 'V': puts("dot-proxy 0.1"); exit(0);
             default: throw BadOption("");
         }
     }
     if (optind < argc) throw BadOption(text("unexpected argument '%s'", argv[optind]));
-    if (s.listen.empty()) s.listen = default_listen;
-    if (s.upstreams.empty()) s.upstreams = default_upstreams;
+    if (s.listen.empty()) s.listen = defaults.listen;
+    if (s.upstreams.empty()) s.upstreams = defaults.upstreams;
     return s;
 }
 
@@ -95,11 +90,10 @@ static int open_listener(const Address& address, int type) {
     set_option(fd, six ? IPPROTO_IPV6 : IPPROTO_IP, six ? IPV6_RECVPKTINFO : IP_PKTINFO, 1);
     const bool bound = bind(fd, &address.any, address.size()) == 0;
     if (bound && (!tcp || listen(fd, SOMAXCONN) == 0)) return fd;
-    const int error = fd < 0 ? EAFNOSUPPORT : errno;
+    const int error = fd < 0 ? EAFNOSUPPORT : errno, port = ntohs(address.v4.sin_port);
     const char* fault = error == EADDRINUSE ? "taken" : error == EACCES ? "not allowed" : "no use";
-    const std::string what = text(": port %d is %s; try --listen 127.0.0.1@5300",
-                                  ntohs(address.v4.sin_port), fault);
-    throw std::system_error(error, std::generic_category(), address.str() + what);
+    throw std::system_error(error, std::generic_category(), text(
+        "port %d is %s; try --listen 127.0.0.1@5300", port, fault));
 }
 
 // ---- Threads -----------------------------------------------------------------------------------
@@ -134,8 +128,8 @@ static bool detach(auto work) try {
 using Send = std::function<void(const Bytes&)>;  // an answer to its client, by any thread
 
 static bool finish(const Query& query, const Send& send, const Outcome& outcome) {
-    send(outcome.octets);
     ++ended[outcome.good];
+    send(outcome.octets);
     if (settings.quiet) return true;
     say(text("%s %s %s %s %zu octets %.1f ms%s %s", outcome.good ? "SUCCESS" : "FAILURE",
              query.tcp ? "tcp" : "udp", type_name(query.type()).c_str(),
@@ -196,13 +190,11 @@ static void serve_udp(int fd) {
 }
 
 struct TcpClient {
-    TcpClient(int fd, Permit permit) : fd(fd), permit(std::move(permit)) {
-        sem_init(&in_flight, 0, most_queries_of_client);
-    }
+    TcpClient(int fd, Permit permit) : fd(fd), permit(std::move(permit)) {}
     ~TcpClient() { close(fd); }
     const int fd;
     const Permit permit;
-    sem_t in_flight;
+    sem_t in_flight;     // slots
     std::mutex writing;  // guards the order of octets to fd
 };
 
@@ -230,6 +222,7 @@ static void serve_tcp(int listener) {
             continue;
         }
         auto client = std::make_shared<TcpClient>(fd, std::move(permit));
+        sem_init(&client->in_flight, 0, most_queries_of_client);
         const timeval limit{idle_limit.count(), 0};  // on Linux, for one whole send()
         setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
         set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
@@ -265,8 +258,7 @@ static int run() {
     }
     sem_init(&query_slots, 0, unsigned(settings.queries));
     sem_init(&client_slots, 0, most_clients);
-    sigset_t signals;
-    sigemptyset(&signals);
+    sigset_t signals{};
     for (int wanted : {SIGTERM, SIGINT, SIGUSR1}) sigaddset(&signals, wanted);
     pthread_sigmask(SIG_BLOCK, &signals, nullptr);
     signal(SIGPIPE, SIG_IGN);
@@ -277,10 +269,9 @@ static int run() {
         if (sigwait(&signals, &caught) == 0 && caught == SIGUSR1) print_totals();
     stopping = true;
     const Time until = Clock::now() + grace;
-    for (int free = 0; free < settings.queries && Clock::now() < until;) {
+    for (int free = 0; free < settings.queries && Clock::now() < until;
+         sem_getvalue(&query_slots, &free))
         std::this_thread::sleep_for(milliseconds(5));
-        sem_getvalue(&query_slots, &free);
-    }
     print_totals();
     _exit(0);  // no destructors: listeners and clients still run
 }
@@ -288,10 +279,7 @@ static int run() {
 int main(int argc, char** argv) try {
     settings = parse_options(argc, argv);
     return run();
-} catch (const BadOption& e) {
-    if (*e.what()) fprintf(stderr, "dot-proxy: %s\n", e.what());
-    return 2;
 } catch (const std::exception& e) {
-    fprintf(stderr, "dot-proxy: %s\n", e.what());
-    return 1;
+    if (*e.what()) fprintf(stderr, "dot-proxy: %s\n", e.what());
+    return dynamic_cast<const BadOption*>(&e) ? 2 : 1;
 }
