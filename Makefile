@@ -1,4 +1,4 @@
-# make | run | demo | test [SANITIZE=address,undefined|thread] | clean. See README.md.
+# make | run | demo | bench | test [SANITIZE=address,undefined|thread] | clean. See README.md.
 SANITIZE =
 COMMA = ,
 DIR = build$(if $(SANITIZE),/$(subst $(COMMA),-,$(SANITIZE)))
@@ -22,9 +22,12 @@ $(DIR)/test/all $(DIR)/test/upstream: $(DIR)/test/%: $(DIR)/dot-proxy
 demo: $(DIR)/test/upstream
 	@test/demo.sh $(DIR)/dot-proxy $<
 
+bench: $(DIR)/test/upstream
+	@test/bench.sh $(abspath $(DIR)/dot-proxy) $(abspath $<)
+
 test: $(DIR)/test/all
 	cd $(DIR)/test && ctest -j $(JOBS) --output-on-failure
 
 clean:
 	rm -rf build
-.PHONY: run demo test clean $(DIR)/test/all $(DIR)/test/upstream
+.PHONY: run demo bench test clean $(DIR)/test/all $(DIR)/test/upstream

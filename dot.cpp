@@ -124,9 +124,9 @@ Layout parse(const Bytes& m) {
 
 static std::atomic<unsigned> queries{0};
 
-Query::Query(Bytes octets, bool tcp, int verbosity, Clock::duration timeout)
+Query::Query(Bytes octets, bool tcp, int verbosity, int timeout)
     : octets(std::move(octets)), layout(parse(this->octets)), tcp(tcp), number(++queries),
-      verbosity(verbosity), taken(Clock::now()), deadline(taken + timeout) {}
+      verbosity(verbosity), taken(Clock::now()), deadline(taken + milliseconds(timeout)) {}
 
 int Query::type() const {
     return layout.question_end > header_size ? u16(octets, layout.question_end - 4) : 0;
@@ -792,7 +792,7 @@ static void open(Upstream& upstream) {
 void restock(Outcome used) {
     for (auto& one : used.tries) {
         Upstream& upstream = one->upstream;
-        int wanted = settings.reuse ? 0 : one->ready ? 1 : 2;  // after a miss one more
+        int wanted = settings.reuse || !one->verified ? 0 : one->ready ? 1 : 2;  // a miss: one more
         if (settings.reuse && one->stage == Connection::Done && upstream.reserve()) {
             one->stage = Connection::Idle;
             one->since = Clock::now();

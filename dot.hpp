@@ -74,7 +74,7 @@ Layout parse(const Bytes& message);
 
 // One query on its way. Made in step [1]; owned by the one thread that carries it.
 struct Query {
-    Query(Bytes octets, bool tcp, int verbosity, Clock::duration timeout);
+    Query(Bytes octets, bool tcp, int verbosity, int timeout);  // milliseconds
     int type() const;                                          // of the question; 0: there is none
     void tell(int step, auto what) const { if (verbosity) print(step, what()); }  // of the story
     void print(int step, const std::string& what) const;

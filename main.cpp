@@ -111,15 +111,16 @@ static sem_t query_slots, client_slots;
 static std::atomic<bool> stopping{false};
 static std::atomic<unsigned> taken[2], ended[2];  // over UDP and TCP; badly and well
 
+// No thread can end the process, even if memory runs out.
+static void guard(auto work) try {
+    work();
+} catch (const std::exception& e) {
+    say(text("FAILURE thread: %s", e.what()));
+}
+
 // Runs `work` in a thread of its own. false: the system has no room for one more.
 static bool detach(auto work) try {
-    std::thread([work = std::move(work)]() mutable {
-        try {
-            work();
-        } catch (const std::exception& e) {  // no thread can end the process
-            say(text("FAILURE thread: %s", e.what()));
-        }
-    }).detach();
+    std::thread([work = std::move(work)]() mutable { guard(std::move(work)); }).detach();
     return true;
 } catch (const std::system_error&) {
     return false;
@@ -143,8 +144,8 @@ static bool finish(const Query& query, const Send& send, const Outcome& outcome)
 static bool take(Bytes octets, bool tcp, const Send& send) {
     if (stopping) return false;
     ++taken[tcp];
-    const milliseconds timeout(settings.timeout);
-    auto query = std::make_shared<Query>(std::move(octets), tcp, settings.verbose, timeout);
+    auto query = std::make_shared<Query>(std::move(octets), tcp, settings.verbose,
+                                         settings.timeout);
     const char* transport = tcp ? "TCP" : "UDP";
     query->tell(1, [&] { return text("%zu octets over %s", query->octets.size(), transport); });
     query->show("query", query->octets);
@@ -238,6 +239,10 @@ static void print_totals() {
 // ---- main --------------------------------------------------------------------------------------
 
 static int run() {
+    sigset_t signals{};
+    for (int wanted : {SIGTERM, SIGINT, SIGUSR1}) sigaddset(&signals, wanted);
+    pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+    signal(SIGPIPE, SIG_IGN);
     mallopt(M_ARENA_MAX, 2);  // glibc would keep eight for each core, each as large as its peak
     prepare();
     std::vector<Address> addresses;
@@ -258,13 +263,10 @@ static int run() {
     }
     sem_init(&query_slots, 0, unsigned(settings.queries));
     sem_init(&client_slots, 0, most_clients);
-    sigset_t signals{};
-    for (int wanted : {SIGTERM, SIGINT, SIGUSR1}) sigaddset(&signals, wanted);
-    pthread_sigmask(SIG_BLOCK, &signals, nullptr);
-    signal(SIGPIPE, SIG_IGN);
-    std::thread([] { tend(); }).detach();
-    for (int fd : udp) std::thread(serve_udp, fd).detach();
-    for (int fd : tcp) std::thread(serve_tcp, fd).detach();
+    auto forever = [](auto work) { std::thread([=] { for (;;) guard(work); }).detach(); };
+    forever([] { tend(); });
+    for (int fd : udp) forever([fd] { serve_udp(fd); });
+    for (int fd : tcp) forever([fd] { serve_tcp(fd); });
     for (int caught = 0; caught != SIGTERM && caught != SIGINT;)
         if (sigwait(&signals, &caught) == 0 && caught == SIGUSR1) print_totals();
     stopping = true;

@@ -8,7 +8,7 @@
 
 using namespace test;
 
-static dot::Query query_of(const Octets& octets, bool tcp = false) { return {octets, tcp, 0, std::chrono::seconds(1)}; }
+static dot::Query query_of(const Octets& octets, bool tcp = false) { return {octets, tcp, 0, 1000}; }
 static Octets with(Octets m, size_t at, int octet) { m[at] = uint8_t(octet); return m; }
 // `m` with a record behind it, counted in the section whose count's low octet is at `count_at`.
 static Octets with_record(Octets m, const Octets& owner, int type, const Octets& data, size_t count_at = 11) {
