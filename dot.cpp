@@ -481,11 +481,11 @@ private:
 // Every setting that decides whom the proxy trusts is in tls_context() and Connection().
 
 static int keep_ticket(SSL* ssl, SSL_SESSION* session) {
-    Session ticket(session, SSL_SESSION_free);
+    Session ticket(SSL_SESSION_dup(session), SSL_SESSION_free);  // the connection keeps its own
     if (SSL_SESSION_get_protocol_version(session) < TLS1_3_VERSION ||
         SSL_SESSION_get_ticket_lifetime_hint(session) > 0)  // RFC 8446 4.6.1: 0 is to be discarded
         static_cast<Upstream*>(SSL_get_app_data(ssl))->keep(std::move(ticket));
-    return 1;  // it is ours now
+    return 0;  // nothing of the original is kept
 }
 
 void prepare() {

@@ -30,7 +30,7 @@ measure() {
     one=$(dnsperf -s 127.0.0.1 -p $port -d names -l 3 -c 1 -q 1 2>/dev/null | awk '/Average Latency/{printf "%.2f", $4 * 1000}')
     all=$(dnsperf -s 127.0.0.1 -p $port -d names -l 4 -c 10 -q 100 2>/dev/null | awk '/per second/{q=$4} /lost:/{l=$3} END{printf "%8.0f %6d", q, l}')
     printf '%-18s %9s %s %8s\n' "$name" "$one" "$all" "$(awk '/VmHWM/{printf "%.1f", $2 / 1024}' /proc/$pid/status)"
-    kill $pid; wait $pid 2>/dev/null
+    kill $pid; wait $pid 2>/dev/null; return 0
 }
 try() { port=$((port + 1)); "$@" && measure || echo "$name: does not start here"; }
 
@@ -39,7 +39,7 @@ try start dot-proxy "$proxy" -q -l 127.0.0.1@$((port + 1)) -u "$spec" -c "$ca"
 try start "dot-proxy --reuse" "$proxy" -q -R -l 127.0.0.1@$((port + 1)) -u "$spec" -c "$ca"
 port=$((port + 1))
 if command -v unbound >/dev/null; then
-    printf 'server:\n interface: 127.0.0.1@%s\n do-not-query-localhost: no\n do-daemonize: no\n chroot: ""\n username: ""\n use-syslog: no\n pidfile: ""\n directory: "%s"\n tls-cert-bundle: %s\n module-config: "iterator"\n outgoing-num-tcp: 200\nforward-zone:\n name: "."\n forward-tls-upstream: yes\n forward-addr: %s@%s#dot.test\nremote-control:\n control-enable: no\n' $((port + 1)) "$dir" "$ca" "$address" "$up" >unbound.conf
+    printf 'server:\n interface: 127.0.0.1@%s\n do-not-query-localhost: no\n do-daemonize: no\n chroot: ""\n username: ""\n use-syslog: no\n pidfile: ""\n directory: "%s"\n tls-cert-bundle: %s\n local-zone: "test." nodefault\n module-config: "iterator"\n outgoing-num-tcp: 200\nforward-zone:\n name: "."\n forward-tls-upstream: yes\n forward-addr: %s@%s#dot.test\nremote-control:\n control-enable: no\n' $((port + 1)) "$dir" "$ca" "$address" "$up" >unbound.conf
     try start unbound unbound -c unbound.conf
 fi
 if command -v stubby >/dev/null; then
