@@ -1,7 +1,7 @@
 // check.hpp - all there is of a test framework: named cases, and checks that say what was seen.
 //
-// TEST("group.name") { ... } defines a case; CMake reads the names from the source, so that each is a
-// CTest test of its own. A program run with names runs these cases; with none it runs all.
+// TEST("group.name") { ... } defines a case; CMake reads the names from the source, so that each is
+// a CTest test of its own. A program run with names runs these cases; with none it runs all.
 #pragma once
 
 #include <cstdio>
@@ -78,5 +78,7 @@ inline int main(int argc, char** argv) {
 #define CHECK(condition) \
     do { if (!(condition)) check::fail(__FILE__, __LINE__, #condition); } while (0)
 #define CHECK_EQ(got, want) check::equal((got), (want), __FILE__, __LINE__, #got)
-#define CHECK_WHY(condition, why) \
-    do { if (!(condition)) check::fail(__FILE__, __LINE__, std::string(#condition ": ") + (why)); } while (0)
+#define CHECK_WHY(condition, why)                                                                \
+    do {                                                                                         \
+        if (!(condition)) check::fail(__FILE__, __LINE__, std::string(#condition ": ") + (why)); \
+    } while (0)

@@ -28,7 +28,9 @@
 namespace test {
 
 using Clock = std::chrono::steady_clock;
-inline double since(Clock::time_point t) { return std::chrono::duration<double>(Clock::now() - t).count(); }
+inline double since(Clock::time_point t) {
+    return std::chrono::duration<double>(Clock::now() - t).count();
+}
 
 // Waits for a condition that must come true, however slow the machine is.
 inline bool eventually(const std::function<bool()>& condition, double seconds = 20) {
@@ -51,7 +53,8 @@ inline std::string contents(const std::string& path) {
 // A child process; ends with its owner, and with this program.
 class Process {
 public:
-    Process(const std::vector<std::string>& command, const std::string& out, const std::string& err) {
+    Process(const std::vector<std::string>& command, const std::string& out,
+            const std::string& err) {
         pid_ = fork();
         if (pid_ != 0) return;
         prctl(PR_SET_PDEATHSIG, SIGKILL);
@@ -93,7 +96,8 @@ inline int free_port() {  // for UDP and TCP, IPv4 and IPv6; somebody else may s
         any.sin6_family = AF_INET6;
         const int udp = socket(AF_INET6, SOCK_DGRAM, 0), tcp = socket(AF_INET6, SOCK_STREAM, 0);
         socklen_t size = sizeof any;
-        bool good = bind(udp, (sockaddr*)&any, size) == 0 && getsockname(udp, (sockaddr*)&any, &size) == 0 &&
+        bool good = bind(udp, (sockaddr*)&any, size) == 0 &&
+                    getsockname(udp, (sockaddr*)&any, &size) == 0 &&
                     bind(tcp, (sockaddr*)&any, size) == 0;
         close(udp);
         close(tcp);
@@ -104,7 +108,9 @@ inline int free_port() {  // for UDP and TCP, IPv4 and IPv6; somebody else may s
 
 // ---- DNS ---------------------------------------------------------------------------------------
 
-inline int get16(const Octets& m, size_t at) { return at + 2 <= m.size() ? m[at] << 8 | m[at + 1] : -1; }
+inline int get16(const Octets& m, size_t at) {
+    return at + 2 <= m.size() ? m[at] << 8 | m[at + 1] : -1;
+}
 
 inline Octets wire_name(const std::string& name) {
     Octets out;
@@ -116,7 +122,9 @@ inline Octets wire_name(const std::string& name) {
     out.push_back(0);
     return out;
 }
-inline void append(Octets& to, const Octets& more) { to.insert(to.end(), more.begin(), more.end()); }
+inline void append(Octets& to, const Octets& more) {
+    to.insert(to.end(), more.begin(), more.end());
+}
 inline void append16(Octets& to, int value) { append(to, {uint8_t(value >> 8), uint8_t(value)}); }
 
 struct Edns {
@@ -133,8 +141,8 @@ inline Octets opt_record(const Edns& e) {
     append(r, e.options);
     return r;
 }
-inline Octets make_query(const std::string& name, int type = 1, std::optional<Edns> edns = {}, int id = 0x1234,
-                         int flags = 0x0100, int klass = 1) {
+inline Octets make_query(const std::string& name, int type = 1, std::optional<Edns> edns = {},
+                         int id = 0x1234, int flags = 0x0100, int klass = 1) {
     Octets q;
     for (int v : {id, flags, 1, 0, 0, edns ? 1 : 0}) append16(q, v);
     append(q, wire_name(name));
@@ -161,7 +169,8 @@ struct Answer {
                 opt_flags = get16(m, type_at + 6);
                 ext_rcode = m[type_at + 4];
                 for (size_t o = type_at + 10; o < type_at + 10 + length; o += 4 + get16(m, o + 2))
-                    options[get16(m, o)] = Octets(m.begin() + o + 4, m.begin() + o + 4 + get16(m, o + 2));
+                    options[get16(m, o)] =
+                        Octets(m.begin() + o + 4, m.begin() + o + 4 + get16(m, o + 2));
             }
             if (type == 1 && length == 4) memcpy(address, &m[type_at + 10], 4);
             at = type_at + 10 + length;
@@ -193,7 +202,8 @@ inline bool has_address_of(const Answer& a, const Octets& query) {
     uint32_t hash = 2166136261u;
     for (size_t i = 12; i < query.size() && i < a.question_end - 4; i++)
         hash = (hash ^ uint32_t(tolower(query[i]))) * 16777619u;
-    const uint8_t want[] = {uint8_t(hash >> 24), uint8_t(hash >> 16), uint8_t(hash >> 8), uint8_t(hash)};
+    const uint8_t want[] = {uint8_t(hash >> 24), uint8_t(hash >> 16), uint8_t(hash >> 8),
+                            uint8_t(hash)};
     return memcmp(want, a.address, 4) == 0;
 }
 
@@ -212,7 +222,9 @@ struct Client {
     }
     Client(const Client&) = delete;
     ~Client() { close(fd); }
-    void raw(const Octets& octets) { CHECK_EQ(::send(fd, octets.data(), octets.size(), MSG_NOSIGNAL), ssize_t(octets.size())); }
+    void raw(const Octets& octets) {
+        CHECK_EQ(::send(fd, octets.data(), octets.size(), MSG_NOSIGNAL), ssize_t(octets.size()));
+    }
     void send(const Octets& message) {
         Octets out;
         if (tcp) append16(out, int(message.size()));
@@ -257,20 +269,23 @@ class Proxy {
 public:
     using Words = std::vector<std::string>;
     // With `upstream`, its --upstream and --ca come first; `more` are further options.
-    Proxy(const Certificates& certificates, const std::vector<std::string>& upstreams, const Words& more = {},
-          const Words& listen = {"127.0.0.1", "::1"}) {
+    Proxy(const Certificates& certificates, const std::vector<std::string>& upstreams,
+          const Words& more = {}, const Words& listen = {"127.0.0.1", "::1"}) {
         for (int tries = 0; tries < 20 && !process_; tries++) {
             port = free_port();
             Words command{environment("PROXY")};
-            for (auto& one : listen) { command.push_back("-l"); command.push_back(one + "@" + std::to_string(port)); }
+            for (auto& one : listen) {
+                command.push_back("-l");
+                command.push_back(one + "@" + std::to_string(port));
+            }
             for (auto& one : upstreams) { command.push_back("-u"); command.push_back(one); }
             command.push_back("-c");
             command.push_back(certificates.ca());
             command.insert(command.end(), more.begin(), more.end());
             process_ = std::make_unique<Process>(command, dir_.path + "/out", dir_.path + "/err");
-            const bool up = eventually([&] {
-                return !process_->running() || Client(SOCK_STREAM, port, listen[0] == "0.0.0.0" ? "127.0.0.1" : listen[0]).connected;
-            }, 30);
+            const std::string to = listen[0] == "0.0.0.0" ? "127.0.0.1" : listen[0];
+            const auto answers = [&] { return Client(SOCK_STREAM, port, to).connected; };
+            const bool up = eventually([&] { return !process_->running() || answers(); }, 30);
             if (up && process_->running()) return;
             process_.reset();  // somebody took the port
         }
@@ -283,19 +298,26 @@ public:
         CHECK_EQ(status, 0);
         process_.reset();
     }
-    ~Proxy() { if (process_ && !std::uncaught_exceptions()) fprintf(stderr, "a test did not stop its proxy\n"); }
+    ~Proxy() {
+        if (process_ && !std::uncaught_exceptions())
+            fprintf(stderr, "a test did not stop its proxy\n");
+    }
     std::string out() const { return contents(dir_.path + "/out"); }
     std::string err() const { return contents(dir_.path + "/err"); }
-    bool prints(const std::string& words) { return eventually([&] { return out().find(words) != std::string::npos; }, 5); }
+    bool prints(const std::string& words) {
+        return eventually([&] { return out().find(words) != std::string::npos; }, 5);
+    }
     pid_t pid() const { return process_->pid(); }
     Process& process() { return *process_; }
 
-    std::optional<Octets> udp(const Octets& query, double seconds = 30, const std::string& to = "127.0.0.1") {
+    std::optional<Octets> udp(const Octets& query, double seconds = 30,
+                              const std::string& to = "127.0.0.1") {
         Client c(SOCK_DGRAM, port, to);
         c.send(query);
         return c.receive(seconds);
     }
-    std::optional<Octets> tcp(const Octets& query, double seconds = 30, const std::string& to = "127.0.0.1") {
+    std::optional<Octets> tcp(const Octets& query, double seconds = 30,
+                              const std::string& to = "127.0.0.1") {
         Client c(SOCK_STREAM, port, to);
         c.send(query);
         return c.receive(seconds);

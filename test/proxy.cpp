@@ -1,6 +1,6 @@
 // proxy.cpp - the whole program, black box, between clients and an upstream of the tests' own.
 //
-// Numbers in parentheses are those of the list of requirements in REQUIREMENTS.md.
+// Numbers in parentheses are those of the list of requirements in test/requirements.md.
 #include <netinet/tcp.h>
 #include <openssl/ssl.h>
 
@@ -14,14 +14,17 @@ using namespace test;
 
 // What most tests need: an upstream, the program in front of it, and at the end a clean exit.
 struct Pair {
-    explicit Pair(const Options& options = {}, const Proxy::Words& more = {}, const Proxy::Words& listen = {"127.0.0.1", "::1"})
+    explicit Pair(const Options& options = {}, const Proxy::Words& more = {},
+                  const Proxy::Words& listen = {"127.0.0.1", "::1"})
         : upstream(certificates, options), proxy(certificates, {upstream.spec()}, more, listen) {}
     Certificates certificates;
     Upstream upstream;
     Proxy proxy;
 };
 
-static bool contains(const std::string& text, const std::string& words) { return text.find(words) != std::string::npos; }
+static bool contains(const std::string& text, const std::string& words) {
+    return text.find(words) != std::string::npos;
+}
 
 // The OPT record's option `code` of a query as the upstream saw it.
 static std::map<int, Octets> options_of(const Octets& query, bool* opt = nullptr) {
@@ -55,8 +58,9 @@ TEST("transport.tcp_needs_no_udp_before_it") {  // (3)
 
 TEST("transport.reply_leaves_from_the_address_that_was_asked") {  // (19)
     Pair p({}, {}, {"0.0.0.0"});
-    for (const char* to : {"127.0.0.1", "127.0.0.2", "127.1.2.3"})  // the socket is connected: only this
-        CHECK(p.proxy.udp(make_query("a.test"), 30, to));          // address's answers reach it
+    // The socket is connected: only this address's answers reach it.
+    for (const char* to : {"127.0.0.1", "127.0.0.2", "127.1.2.3"})
+        CHECK(p.proxy.udp(make_query("a.test"), 30, to));
     p.proxy.stop();
     Pair six({}, {}, {"::"});
     CHECK(six.proxy.udp(make_query("a.test"), 30, "::1"));
@@ -65,9 +69,11 @@ TEST("transport.reply_leaves_from_the_address_that_was_asked") {  // (19)
 
 TEST("transport.answer_never_crosses_sockets") {  // (2)
     Pair p;
-    Client udp(SOCK_DGRAM, p.proxy.port), one(SOCK_STREAM, p.proxy.port), two(SOCK_STREAM, p.proxy.port);
+    Client udp(SOCK_DGRAM, p.proxy.port), one(SOCK_STREAM, p.proxy.port),
+        two(SOCK_STREAM, p.proxy.port);
     Client* clients[] = {&udp, &one, &two};
-    for (int i = 0; i < 3; i++) clients[i]->send(make_query("a" + std::to_string(i) + ".test"));  // one id
+    for (int i = 0; i < 3; i++)
+        clients[i]->send(make_query("a" + std::to_string(i) + ".test"));  // one id
     for (int i = 0; i < 3; i++) {
         const auto a = clients[i]->receive();
         CHECK(a);
@@ -84,7 +90,8 @@ TEST("transport.names_case_and_ids_come_back_as_sent") {  // (20, 94)
         const Answer a = p.proxy.ask(q);
         CHECK_EQ(a.id(), id);
         CHECK(std::equal(q.begin() + 12, q.end(), a.octets.begin() + 12));
-        CHECK(p.upstream.seen().queries.back()[13] == 'F' && p.upstream.seen().queries.back()[14] == 'o');
+        CHECK(p.upstream.seen().queries.back()[13] == 'F' &&
+              p.upstream.seen().queries.back()[14] == 'o');
     }
     p.proxy.stop();
 }
@@ -93,7 +100,8 @@ TEST("transport.names_case_and_ids_come_back_as_sent") {  // (20, 94)
 
 TEST("framing.length_over_127") {  // a length octet that is taken for a signed one breaks at 128
     Pair p;
-    for (int size : {126, 127, 128, 129, 255, 256, 257, 16383, 16384, 16385, 32767, 32768, 65534, 65535}) {  // (21)
+    for (int size : {126, 127, 128, 129, 255, 256, 257, 16383, 16384, 16385, 32767, 32768, 65534,
+                     65535}) {  // (21)
         const auto a = p.proxy.tcp(make_query("size" + std::to_string(size) + ".test"));
         CHECK(a);
         CHECK_EQ(a->size(), size_t(size));
@@ -160,7 +168,8 @@ TEST("framing.one_record_holds_length_and_query") {  // (6)
     for (int i = 0; i < 10; i++) CHECK(p.proxy.udp(make_query("a" + std::to_string(i) + ".test")));
     const Seen seen = p.upstream.seen();
     CHECK(seen.records.size() >= 10 && seen.records.size() == seen.queries.size());
-    for (size_t i = 0; i < seen.records.size(); i++) CHECK_EQ(seen.records[i], seen.queries[i].size() + 2);
+    for (size_t i = 0; i < seen.records.size(); i++)
+        CHECK_EQ(seen.records[i], seen.queries[i].size() + 2);
     p.proxy.stop();
 }
 
@@ -248,7 +257,8 @@ TEST("tcp.only_a_whole_query_resets_the_idle_limit") {  // (7, 8): 10 s
 TEST("tcp.silent_clients_do_not_slow_others_down") {  // (17)
     Pair p;
     std::vector<std::unique_ptr<Client>> clients;
-    for (int i = 0; i < 50; i++) clients.push_back(std::make_unique<Client>(SOCK_STREAM, p.proxy.port));
+    for (int i = 0; i < 50; i++)
+        clients.push_back(std::make_unique<Client>(SOCK_STREAM, p.proxy.port));
     clients[0]->raw({0});
     const auto start = Clock::now();
     CHECK(p.proxy.udp(make_query("a.test")));
@@ -268,7 +278,9 @@ TEST("tcp.a_client_that_never_reads_is_cut_off") {  // (108)
     bool cut = false;
     const auto start = Clock::now();
     while (!cut && since(start) < 40) {  // it takes what the buffers hold, then nothing for 10 s
-        if (::send(c.fd, framed.data(), framed.size(), MSG_NOSIGNAL | MSG_DONTWAIT) < 0 && errno != EAGAIN) cut = true;
+        if (::send(c.fd, framed.data(), framed.size(), MSG_NOSIGNAL | MSG_DONTWAIT) < 0 &&
+            errno != EAGAIN)
+            cut = true;
         usleep(50000);
     }
     CHECK(cut);
@@ -294,16 +306,22 @@ TEST("judge.what_is_answered_here_never_reaches_the_resolver") {  // (41, 44, 47
     Pair p;
     const Octets one = make_query("a.test"), two_options = make_query("a.test", 1, Edns{});
     auto with = [](Octets m, size_t at, int octet) { m[at] = uint8_t(octet); return m; };
-    auto more = [](Octets m, const Octets& tail, size_t count_at) { append(m, tail); m[count_at]++; return m; };
+    auto more = [](Octets m, const Octets& tail, size_t count_at) {
+        append(m, tail);
+        m[count_at]++;
+        return m;
+    };
     const struct { const char* what; Octets query; int rcode; } rows[] = {
         {"two questions", more(one, {1, 'b', 0, 0, 1, 0, 1}, 5), 1},
         {"two OPTs", more(two_options, opt_record({}), 11), 1},
         {"an option past its OPT", make_query("a.test", 1, Edns{1232, false, {0, 3, 0, 9, 1}}), 1},
-        {"an OPT whose owner is not the root", more(one, {1, 'x', 0, 0, 41, 4, 0, 0, 0, 0, 0, 0, 0}, 11), 1},
+        {"an OPT whose owner is not the root",
+         more(one, {1, 'x', 0, 0, 41, 4, 0, 0, 0, 0, 0, 0, 0}, 11), 1},
         {"a pointer in the question", with(one, 12, 0xc0), 1},
         {"a label of 64 octets", with(one, 12, 64), 1},
         {"a record that is announced and missing", with(one, 11, 1), 1},
-        {"a question that is announced and missing", Octets{0x12, 0x34, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0}, 1},
+        {"a question that is announced and missing",
+         Octets{0x12, 0x34, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0}, 1},
         {"AXFR", make_query("a.test", 252), 4},
         {"IXFR", make_query("a.test", 251), 4},
         {"DSO", make_query("a.test", 1, {}, 7, 6 << 11), 4},
@@ -323,12 +341,15 @@ TEST("judge.what_is_answered_here_never_reaches_the_resolver") {  // (41, 44, 47
 TEST("judge.all_else_goes_through") {  // (29, 31, 34, 37, 45, 46, 54, 56)
     Pair p;
     std::vector<Octets> rows;
-    for (int opcode : {0, 1, 2, 4, 5, 7, 15}) rows.push_back(make_query("a.test", 1, {}, 7, opcode << 11));
+    for (int opcode : {0, 1, 2, 4, 5, 7, 15})
+        rows.push_back(make_query("a.test", 1, {}, 7, opcode << 11));
     for (int flag : {0x0400, 0x0200, 0x0100, 0x0080, 0x0040, 0x0020, 0x0010, 0x07f0})
         rows.push_back(make_query("a.test", 1, {}, 7, flag));
     for (int type : {0, 2, 41, 249, 250, 255, 65280}) rows.push_back(make_query("a.test", type));
-    for (int klass : {0, 3, 4, 254, 255, 65280}) rows.push_back(make_query("a.test", 1, {}, 7, 0x0100, klass));
-    rows.push_back(make_query("a.test", 1, Edns{0, true, {0, 100, 0, 3, 'a', 'b', 'c'}, 1, 0x00c0}));
+    for (int klass : {0, 3, 4, 254, 255, 65280})
+        rows.push_back(make_query("a.test", 1, {}, 7, 0x0100, klass));
+    rows.push_back(
+        make_query("a.test", 1, Edns{0, true, {0, 100, 0, 3, 'a', 'b', 'c'}, 1, 0x00c0}));
     Octets empty(12, 0);  // no question, as with a cookie alone (53)
     empty[11] = 1;
     append(empty, opt_record(Edns{1232, false, {0, 10, 0, 8, 1, 2, 3, 4, 5, 6, 7, 8}}));
@@ -366,9 +387,11 @@ TEST("padding.query_is_a_multiple_of_128_for_every_name_length") {  // (59, 66)
     Pair p;
     for (int length = 1; length <= 240; length += 3) {
         std::string name;
-        for (int left = length; left > 0; left -= 63) name += std::string(std::min(left, 62), 'n') + ".";
+        for (int left = length; left > 0; left -= 63)
+            name += std::string(std::min(left, 62), 'n') + ".";
         for (bool edns : {false, true}) {
-            const Octets q = make_query(name + "test", 1, edns ? std::optional<Edns>(Edns{}) : std::nullopt);
+            const Octets q =
+                make_query(name + "test", 1, edns ? std::optional<Edns>(Edns{}) : std::nullopt);
             CHECK(p.proxy.tcp(q));
             const Octets got = p.upstream.seen().queries.back();
             CHECK_EQ(got.size() % 128, 0u);
@@ -402,7 +425,8 @@ TEST("padding.never_comes_back_to_a_client") {  // (62, 63)
             CHECK(a.has_opt && a.options.empty());
             CHECK_WHY(a.octets.size() < 100, "it is as long as with its padding");
         }
-    const Answer a = p.proxy.ask(make_query("txt400.test", 16, Edns{512, false, {}}));  // padded to 936
+    const Answer a =
+        p.proxy.ask(make_query("txt400.test", 16, Edns{512, false, {}}));  // padded to 936
     CHECK(!a.tc() && a.octets.size() > 400);
     p.proxy.stop();
 }
@@ -435,7 +459,8 @@ TEST("edns.extended_rcode_survives_or_becomes_servfail") {  // (45, 48)
 
 TEST("edns.flags_and_errors_of_the_resolver_pass") {  // (51, 58)
     Pair p;
-    CHECK(p.proxy.ask(make_query("ede.test", 1, Edns{})).options.at(15) == (Octets{0, 22, 'h', 'i'}));
+    CHECK(p.proxy.ask(make_query("ede.test", 1, Edns{})).options.at(15) ==
+          (Octets{0, 22, 'h', 'i'}));
     for (int flags : {0x0120, 0x0110, 0x0130}) {
         const Answer a = p.proxy.ask(make_query("ad.test", 1, Edns{1232, true, {}}, 7, flags));
         CHECK_EQ(a.octets[3] & 0x30, 0x20 | (flags & 0x10));
@@ -448,12 +473,18 @@ TEST("edns.flags_and_errors_of_the_resolver_pass") {  // (51, 58)
 TEST("truncation.answer_fits_what_the_client_takes") {  // (22, 24, 25, 26)
     Pair p;
     const struct { const char* name; int size; bool tc; size_t limit; } rows[] = {
-        {"txt450.test", -1, false, 512}, {"txt600.test", -1, true, 512},
-        {"txt450.test", 0, false, 512},  {"txt450.test", 511, false, 512},  // less than 512 means 512
-        {"txt1100.test", 1232, false, 1232}, {"txt1300.test", 1400, true, 1232}, {"txt3000.test", 65535, true, 1232},
+        {"txt450.test", -1, false, 512},
+        {"txt600.test", -1, true, 512},
+        {"txt450.test", 0, false, 512},
+        {"txt450.test", 511, false, 512},  // less than 512 means 512
+        {"txt1100.test", 1232, false, 1232},
+        {"txt1300.test", 1400, true, 1232},
+        {"txt3000.test", 65535, true, 1232},
     };
     for (auto& row : rows) {
-        const Octets q = make_query(row.name, 16, row.size < 0 ? std::nullopt : std::optional<Edns>(Edns{row.size, true, {}}));
+        const Octets q =
+            make_query(row.name, 16,
+                       row.size < 0 ? std::nullopt : std::optional<Edns>(Edns{row.size, true, {}}));
         const Answer a = p.proxy.ask(q);
         CHECK_WHY(a.tc() == row.tc && a.octets.size() <= row.limit, row.name);
         CHECK_WHY(a.has_opt == (row.size >= 0), row.name);  // (23): the cut one too
@@ -475,7 +506,8 @@ TEST("truncation.tc_of_the_resolver_stays") {  // (22)
 // ---- tls ---------------------------------------------------------------------------------------
 
 // The upstream's certificate, or another fault of the connection: what the line says of it.
-static void refused(const Options& options, const std::string& words, const std::string& more = "") {
+static void refused(const Options& options, const std::string& words,
+                    const std::string& more = "") {
     Certificates certificates;
     Upstream upstream(certificates, options);
     Proxy proxy(certificates, {upstream.spec(more)}, {"-t", "3000"});
@@ -488,23 +520,38 @@ static void refused(const Options& options, const std::string& words, const std:
     CHECK_WHY(proxy.prints(words), proxy.out());
     CHECK(contains(proxy.out(), "FAILURE udp A SERVFAIL"));
     CHECK_EQ(upstream.seen().queries.size(), 0u);  // not an octet of the query
-    for (uint8_t first : upstream.seen().first_octets) CHECK_EQ(int(first), 0x16);  // (68): TLS and nothing else
+    for (uint8_t first : upstream.seen().first_octets)
+        CHECK_EQ(int(first), 0x16);  // (68): TLS and nothing else
     proxy.stop();
 }
 
-TEST("tls.name_must_be_in_san") { refused({.cert = Cert::CnOnly}, "does not match dot.test"); }  // (74)
-TEST("tls.wrong_name_is_refused") { refused({.cert = Cert::WrongName}, "does not match dot.test"); }  // (75)
+TEST("tls.name_must_be_in_san") {  // (74)
+    refused({.cert = Cert::CnOnly}, "does not match dot.test");
+}
+TEST("tls.wrong_name_is_refused") {  // (75)
+    refused({.cert = Cert::WrongName}, "does not match dot.test");
+}
 TEST("tls.expired_certificate_is_refused") { refused({.cert = Cert::Expired}, "expired"); }
-TEST("tls.certificate_of_the_future_is_refused") { refused({.cert = Cert::NotYetValid}, "not yet valid"); }
+TEST("tls.certificate_of_the_future_is_refused") {
+    refused({.cert = Cert::NotYetValid}, "not yet valid");
+}
 TEST("tls.unknown_ca_is_refused") { refused({.cert = Cert::UnknownCa}, "issuer"); }
-TEST("tls.self_signed_certificate_is_refused") { refused({.cert = Cert::SelfSigned}, "self-signed"); }
+TEST("tls.self_signed_certificate_is_refused") {
+    refused({.cert = Cert::SelfSigned}, "self-signed");
+}
 TEST("tls.certificate_for_clients_is_refused") { refused({.cert = Cert::ClientOnly}, "purpose"); }
-TEST("tls.version_1_1_is_refused") { refused({.max_version = TLS1_1_VERSION}, "TLS failed"); }  // (69)
+TEST("tls.version_1_1_is_refused") {  // (69)
+    refused({.max_version = TLS1_1_VERSION}, "TLS failed");
+}
 TEST("tls.another_alpn_is_refused") { refused({.alpn = "h2"}, "TLS failed"); }  // (72)
-TEST("tls.a_resolver_without_tls_is_refused") { refused({.accept = Options::Plaintext}, "TLS failed"); }
+TEST("tls.a_resolver_without_tls_is_refused") {
+    refused({.accept = Options::Plaintext}, "TLS failed");
+}
 TEST("tls.reset_in_the_handshake") { refused({.accept = Options::Reset}, "reset"); }
 TEST("tls.close_in_the_handshake") { refused({.accept = Options::Close}, "@"); }
-TEST("tls.handshake_that_never_ends") { refused({.accept = Options::Hang}, "no TLS connection in time"); }
+TEST("tls.handshake_that_never_ends") {
+    refused({.accept = Options::Hang}, "no TLS connection in time");
+}
 
 TEST("tls.refused_connection_is_told_as_such") {
     Certificates certificates;
@@ -517,7 +564,8 @@ TEST("tls.refused_connection_is_told_as_such") {
 TEST("tls.wildcard_of_one_label_is_accepted") {  // (75)
     Certificates certificates;
     Upstream upstream(certificates, {.cert = Cert::Wildcard});
-    for (auto [name, rcode] : {std::pair("dot.lab.test", 0), std::pair("a.dot.lab.test", 2), std::pair("lab.test", 2)}) {
+    for (auto [name, rcode] :
+         {std::pair("dot.lab.test", 0), std::pair("a.dot.lab.test", 2), std::pair("lab.test", 2)}) {
         Proxy proxy(certificates, {"127.0.0.1@" + std::to_string(upstream.port()) + "#" + name});
         CHECK_EQ(proxy.ask(make_query("a.test")).rcode(), rcode);
         proxy.stop();
@@ -526,10 +574,14 @@ TEST("tls.wildcard_of_one_label_is_accepted") {  // (75)
 
 TEST("tls.pins") {  // (79, 80): name and pin must both hold
     Certificates certificates;
-    const std::string right = ",pin-sha256=" + certificates.pin(Cert::Good), wrong = ",pin-sha256=" + certificates.pin(Cert::Backup);
+    const std::string right = ",pin-sha256=" + certificates.pin(Cert::Good),
+                      wrong = ",pin-sha256=" + certificates.pin(Cert::Backup);
     const struct { Cert cert; std::string pins; bool good; } rows[] = {
-        {Cert::Good, right, true}, {Cert::Good, wrong + right, true}, {Cert::Good, right + wrong, true},
-        {Cert::Good, wrong, false}, {Cert::Backup, right + wrong, true},
+        {Cert::Good, right, true},
+        {Cert::Good, wrong + right, true},
+        {Cert::Good, right + wrong, true},
+        {Cert::Good, wrong, false},
+        {Cert::Backup, right + wrong, true},
         {Cert::WrongName, ",pin-sha256=" + certificates.pin(Cert::WrongName), false},
         {Cert::UnknownCa, ",pin-sha256=" + certificates.pin(Cert::UnknownCa), false},
     };
@@ -548,7 +600,8 @@ TEST("tls.resumption_on_every_connection_but_the_first") {  // (82)
         Pair p({.max_version = version, .delay_ms = 40}, {"-k", "0"});
         for (int i = 0; i < 20; i++) CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
         const Seen seen = p.upstream.seen();
-        const int raced = int(seen.queries.size()) - 20;  // on a slow machine; they may find no ticket
+        // On a slow machine some are raced; they may find no ticket.
+        const int raced = int(seen.queries.size()) - 20;
         CHECK(seen.handshakes >= 20 && seen.handshakes - seen.resumed <= 1 + raced);
         p.proxy.stop();
     }
@@ -605,15 +658,18 @@ TEST("tls.alpn_is_not_asked_of_the_resolver") {  // (72)
 TEST("tls.a_second_hello_happens_once") {  // (86): the group is remembered
     Pair p({.groups = "P-384", .delay_ms = 60}, {"-k", "0"});  // slow enough to be raced by none
     for (int i = 0; i < 5; i++) CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
-    const Seen seen = p.upstream.seen();  // a second hello is seen as another hello of the same handshake
-    const size_t raced = seen.queries.size() - 5, seconds = seen.names.size() - size_t(seen.handshakes);
+    // A second hello is seen as another hello of the same handshake.
+    const Seen seen = p.upstream.seen();
+    const size_t raced = seen.queries.size() - 5,
+                 seconds = seen.names.size() - size_t(seen.handshakes);
     CHECK_WHY(seconds >= 1 && seconds <= 1 + 2 * raced, std::to_string(seconds));
     p.proxy.stop();
 }
 
 TEST("tls.key_update_and_many_tickets_are_no_trouble") {  // (71)
     Pair p({.tickets = 20});
-    for (const char* name : {"keyupdate.test", "a.test"}) CHECK_EQ(p.proxy.ask(make_query(name)).rcode(), 0);
+    for (const char* name : {"keyupdate.test", "a.test"})
+        CHECK_EQ(p.proxy.ask(make_query(name)).rcode(), 0);
     p.proxy.stop();
 }
 
@@ -621,15 +677,17 @@ TEST("tls.key_update_and_many_tickets_are_no_trouble") {  // (71)
 
 TEST("match.what_is_no_answer_to_the_query_is_not_relayed") {  // (92, 93, 95, 116)
     Pair p;
-    for (const char* fault : {"wrongid", "wrongname", "wrongtype", "wrongclass", "query", "headeronly", "short"}) {
+    for (const char* fault :
+         {"wrongid", "wrongname", "wrongtype", "wrongclass", "query", "headeronly", "short"}) {
         const size_t before = p.upstream.seen().queries.size();
         const Answer a = p.proxy.ask(make_query(std::string(fault) + ".test"));
         CHECK_WHY(a.rcode() == 2 && a.count(1) == 0, fault);
         CHECK_WHY(p.upstream.seen().queries.size() - before <= 3, fault);  // (96, S21)
         CHECK_WHY(p.proxy.prints("no answer to this query"), fault);
     }
-    for (auto [name, rcode] : {std::pair("refused.test", 5), std::pair("formerr.test", 1), std::pair("servfail.test", 2)})
-        CHECK_EQ(p.proxy.ask(make_query(name)).rcode(), rcode);  // an error may come without the question
+    for (auto [name, rcode] : {std::pair("refused.test", 5), std::pair("formerr.test", 1),
+                               std::pair("servfail.test", 2)})
+        CHECK_EQ(p.proxy.ask(make_query(name)).rcode(), rcode);  // even without the question
     p.proxy.stop();
 }
 
@@ -696,7 +754,10 @@ TEST("faults.a_query_is_tried_three_times_at_most") {  // (96)
 // ---- failover ----------------------------------------------------------------------------------
 
 TEST("failover.the_next_upstream_answers") {
-    const Options faults[] = {{.accept = Options::Close}, {.accept = Options::Hang}, {.cert = Cert::Expired}, {.deaf = true}};
+    const Options faults[] = {{.accept = Options::Close},
+                              {.accept = Options::Hang},
+                              {.cert = Cert::Expired},
+                              {.deaf = true}};
     for (const Options& fault : faults) {
         Certificates certificates;
         Upstream bad(certificates, fault), good(certificates);
@@ -707,14 +768,16 @@ TEST("failover.the_next_upstream_answers") {
     }
     Certificates certificates;  // nobody listens
     Upstream good(certificates);
-    Proxy proxy(certificates, {"127.0.0.1@" + std::to_string(free_port()) + "#dot.test", good.spec()});
+    Proxy proxy(certificates,
+                {"127.0.0.1@" + std::to_string(free_port()) + "#dot.test", good.spec()});
     CHECK_EQ(proxy.ask(make_query("a.test")).rcode(), 0);
     proxy.stop();
 }
 
 TEST("failover.never_to_a_server_that_is_not_authenticated") {  // (77)
     Certificates certificates;
-    Upstream one(certificates, {.cert = Cert::Expired}), two(certificates, {.accept = Options::Plaintext});
+    Upstream one(certificates, {.cert = Cert::Expired}),
+        two(certificates, {.accept = Options::Plaintext});
     Proxy proxy(certificates, {one.spec(), two.spec()});
     CHECK_EQ(proxy.ask(make_query("a.test")).rcode(), 2);
     CHECK_EQ(one.seen().queries.size() + two.seen().queries.size(), 0u);
@@ -804,7 +867,8 @@ TEST("ready.the_bound_holds") {
     Pair p({.delay_ms = 200}, {"-k", "3", "-q"});
     std::vector<std::thread> clients;
     for (int c = 0; c < 20; c++)
-        clients.emplace_back([&, c] { p.proxy.udp(make_query("b" + std::to_string(c) + ".test")); });
+        clients.emplace_back(
+            [&, c] { p.proxy.udp(make_query("b" + std::to_string(c) + ".test")); });
     for (auto& c : clients) c.join();
     usleep(300000);
     CHECK(eventually([&] { return parked(p.upstream) <= 3; }));
@@ -852,8 +916,10 @@ TEST("race.a_raced_query_is_answered_once") {
     CHECK(c.receive());
     CHECK(!c.readable(1));
     const auto all = p.upstream.seen().queries;
-    const auto of_this = std::count_if(all.begin(), all.end(), [](auto& q) { return q[13] == 's'; });
-    CHECK_WHY(of_this >= 2 && of_this <= 3, std::to_string(of_this));  // never more than three tries
+    const auto of_this =
+        std::count_if(all.begin(), all.end(), [](auto& q) { return q[13] == 's'; });
+    // Never more than three tries.
+    CHECK_WHY(of_this >= 2 && of_this <= 3, std::to_string(of_this));
     p.proxy.stop();
 }
 
@@ -864,7 +930,8 @@ TEST("race.the_budget_stops_a_storm_when_all_answers_are_slow") {
     std::vector<std::thread> clients;
     for (int c = 0; c < 20; c++)
         clients.emplace_back([&, c] {
-            for (int i = 0; i < 10; i++) p.proxy.udp(make_query("s" + std::to_string(c * 10 + i) + ".test"));
+            for (int i = 0; i < 10; i++)
+                p.proxy.udp(make_query("s" + std::to_string(c * 10 + i) + ".test"));
         });
     for (auto& c : clients) c.join();
     const size_t queries = p.upstream.seen().queries.size() - 10;
@@ -893,14 +960,16 @@ static void a_thousand_at_once(const Proxy::Words& options) {
             Client client(c % 2 ? SOCK_STREAM : SOCK_DGRAM, p.proxy.port);
             std::map<int, Octets> open;
             for (int i = 0; i < 20; i++) {
-                open[i] = make_query("c" + std::to_string(c) + "-" + std::to_string(i) + ".test", 1, {}, i);
+                open[i] = make_query("c" + std::to_string(c) + "-" + std::to_string(i) + ".test", 1,
+                                     {}, i);
                 client.send(open[i]);
             }
             while (!open.empty()) {
                 const auto m = client.receive(60);
                 if (!m) return;
                 const Answer a(*m);
-                if (open.count(a.id()) && a.rcode() == 0 && has_address_of(a, open[a.id()])) right++;
+                if (open.count(a.id()) && a.rcode() == 0 && has_address_of(a, open[a.id()]))
+                    right++;
                 open.erase(a.id());
             }
         });
@@ -908,8 +977,12 @@ static void a_thousand_at_once(const Proxy::Words& options) {
     CHECK_EQ(right.load(), 1000);
     p.proxy.stop();
 }
-TEST("concurrency.a_thousand_queries_at_once_each_get_their_own_answer") { a_thousand_at_once({"-q", "-n", "1000", "-t", "50000"}); }  // (S16)
-TEST("concurrency.a_thousand_at_once_with_reuse") { a_thousand_at_once({"-q", "-R", "-n", "1000", "-t", "50000"}); }
+TEST("concurrency.a_thousand_queries_at_once_each_get_their_own_answer") {  // (S16)
+    a_thousand_at_once({"-q", "-n", "1000", "-t", "50000"});
+}
+TEST("concurrency.a_thousand_at_once_with_reuse") {
+    a_thousand_at_once({"-q", "-R", "-n", "1000", "-t", "50000"});
+}
 
 TEST("concurrency.without_a_slot_udp_is_answered_at_once_and_tcp_waits") {  // (114)
     Pair p({.delay_ms = 1000}, {"-n", "2"});
@@ -956,17 +1029,22 @@ TEST("process.few_open_files_are_survived") {  // (18)
     Upstream upstream(certificates);
     TempDir dir;
     const std::string script = dir.path + "/few";
-    std::ofstream(script) << "#!/bin/sh\nulimit -n 40\nexec " << environment("PROXY") << " \"$@\"\n";
+    std::ofstream(script) << "#!/bin/sh\nulimit -n 40\nexec " << environment("PROXY")
+                          << " \"$@\"\n";
     chmod(script.c_str(), 0700);
     setenv("PROXY", script.c_str(), 1);
     Proxy proxy(certificates, {upstream.spec()}, {"-q"});
     {
         std::vector<std::unique_ptr<Client>> clients;
-        for (int i = 0; i < 80; i++) clients.push_back(std::make_unique<Client>(SOCK_STREAM, proxy.port));
+        for (int i = 0; i < 80; i++)
+            clients.push_back(std::make_unique<Client>(SOCK_STREAM, proxy.port));
         for (int i = 0; i < 5; i++) proxy.udp(make_query("a.test"), 1);
         CHECK(proxy.process().running());
     }
-    CHECK(eventually([&] { const auto a = proxy.udp(make_query("a.test"), 2); return a && Answer(*a).rcode() == 0; }));
+    CHECK(eventually([&] {
+        const auto a = proxy.udp(make_query("a.test"), 2);
+        return a && Answer(*a).rcode() == 0;
+    }));
     CHECK(proxy.tcp(make_query("a.test")));
     proxy.stop();
 }
@@ -977,7 +1055,8 @@ TEST("process.lines_have_no_names_and_no_addresses") {  // (115)
     CHECK(p.proxy.prints("SUCCESS udp AAAA NOERROR"));
     CHECK(p.proxy.udp(make_query("close-secret.test")));
     CHECK(p.proxy.prints("FAILURE udp A SERVFAIL"));
-    CHECK(!contains(p.proxy.out(), "secret") && !contains(p.proxy.out(), "127.0.0.1@" + std::to_string(p.proxy.port)));
+    CHECK(!contains(p.proxy.out(), "secret") &&
+          !contains(p.proxy.out(), "127.0.0.1@" + std::to_string(p.proxy.port)));
     p.proxy.stop();
 }
 
@@ -985,8 +1064,10 @@ TEST("process.verbose_tells_the_eight_steps") {
     Pair p({}, {"-v"});
     CHECK(p.proxy.udp(make_query("a.test")));
     CHECK(p.proxy.prints("SUCCESS"));
-    for (const char* step : {"[1]", "[2]", "[3]", "[4]", "[5]", "[6]", "[7]", "[8]"}) CHECK_WHY(contains(p.proxy.out(), step), step);
-    CHECK(contains(p.proxy.out(), "24 -> 128 octets") && contains(p.proxy.out(), "2 + 128 octets in one record"));
+    for (const char* step : {"[1]", "[2]", "[3]", "[4]", "[5]", "[6]", "[7]", "[8]"})
+        CHECK_WHY(contains(p.proxy.out(), step), step);
+    CHECK(contains(p.proxy.out(), "24 -> 128 octets") &&
+          contains(p.proxy.out(), "2 + 128 octets in one record"));
     p.proxy.stop();
 }
 
@@ -996,11 +1077,13 @@ static int program(const std::string& arguments, std::string& output) {
 
 TEST("options.bad_ones_end_with_exit_2_and_one_clear_line") {  // (67, 76, 79, 120)
     const char* rows[] = {
-        "--nonsense", "-x", "extra", "-l", "-l localhost", "-l 127.0.0.1@0", "-l 127.0.0.1@65536", "-l 127.0.0.1@53x",
-        "-u nobody", "-u 192.0.2.1", "-u 192.0.2.1#", "-u 192.0.2.1@53#dot.test", "-u 192.0.2.1#192.0.2.1",
-        "-u 192.0.2.1#dot.test,pin-sha256=short", "-u 192.0.2.1#dot.test,pin=x", "-u cloudflare -u nobody",
-        "-u '192.0.2.1#dot test'", "-c /nonexistent/ca.pem", "-c /dev/null", "-n 0", "-n 1x", "-n -1", "-n ''",
-        "-t 0", "-t 99999999999999999999", "-m 511", "-m 65536", "-k 9999", "--rate 5", "--allow 10.0.0.0/8"};
+        "--nonsense", "-x", "extra", "-l", "-l localhost", "-l 127.0.0.1@0", "-l 127.0.0.1@65536",
+        "-l 127.0.0.1@53x", "-u nobody", "-u 192.0.2.1", "-u 192.0.2.1#",
+        "-u 192.0.2.1@53#dot.test", "-u 192.0.2.1#192.0.2.1",
+        "-u 192.0.2.1#dot.test,pin-sha256=short", "-u 192.0.2.1#dot.test,pin=x",
+        "-u cloudflare -u nobody", "-u '192.0.2.1#dot test'", "-c /nonexistent/ca.pem",
+        "-c /dev/null", "-n 0", "-n 1x", "-n -1", "-n ''", "-t 0", "-t 99999999999999999999",
+        "-m 511", "-m 65536", "-k 9999", "--rate 5", "--allow 10.0.0.0/8"};
     for (const char* row : rows) {
         std::string out;
         CHECK_WHY(program(row, out) == 2, std::string(row) + ": " + out);
@@ -1016,10 +1099,14 @@ TEST("options.port_in_use_ends_with_exit_1_and_the_way_out") {  // (119)
         v4.sin_family = AF_INET;
         v4.sin_port = htons(uint16_t(port));
         v4.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-        CHECK(bind(fd, (sockaddr*)&v4, sizeof v4) == 0 && (type == SOCK_DGRAM || listen(fd, 1) == 0));
+        CHECK(bind(fd, (sockaddr*)&v4, sizeof v4) == 0 &&
+              (type == SOCK_DGRAM || listen(fd, 1) == 0));
         std::string out;
-        CHECK_EQ(program("-l 127.0.0.1@" + std::to_string(port) + " -c " + certificates.ca(), out), 1);
-        CHECK_WHY(contains(out, "port " + std::to_string(port) + " is taken; try --listen 127.0.0.1@5300"), out);
+        CHECK_EQ(program("-l 127.0.0.1@" + std::to_string(port) + " -c " + certificates.ca(), out),
+                 1);
+        CHECK_WHY(contains(out, "port " + std::to_string(port) +
+                                    " is taken; try --listen 127.0.0.1@5300"),
+                  out);
         close(fd);
     }
 }
@@ -1027,7 +1114,8 @@ TEST("options.port_in_use_ends_with_exit_1_and_the_way_out") {  // (119)
 TEST("options.help_and_version") {
     std::string out;
     CHECK_EQ(program("--help", out), 0);
-    CHECK(contains(out, "[127.0.0.1@53 ::1@53]") && contains(out, "[512]") && contains(out, "[4000]"));
+    CHECK(contains(out, "[127.0.0.1@53 ::1@53]") && contains(out, "[512]") &&
+          contains(out, "[4000]"));
     CHECK_EQ(program("-V", out), 0);
     CHECK(contains(out, "dot-proxy "));
 }

@@ -8,10 +8,14 @@
 
 using namespace test;
 
-static dot::Query query_of(const Octets& octets, bool tcp = false) { return {octets, tcp, 0, 1000}; }
+static dot::Query query_of(const Octets& octets, bool tcp = false) {
+    return {octets, tcp, 0, 1000};
+}
 static Octets with(Octets m, size_t at, int octet) { m[at] = uint8_t(octet); return m; }
+static Octets plus(Octets m, const Octets& more) { append(m, more); return m; }
 // `m` with a record behind it, counted in the section whose count's low octet is at `count_at`.
-static Octets with_record(Octets m, const Octets& owner, int type, const Octets& data, size_t count_at = 11) {
+static Octets with_record(Octets m, const Octets& owner, int type, const Octets& data,
+                          size_t count_at = 11) {
     append(m, owner);
     append16(m, type);
     append(m, {0, 1, 0, 0, 0, 60});
@@ -20,7 +24,8 @@ static Octets with_record(Octets m, const Octets& owner, int type, const Octets&
     m[count_at]++;
     return m;
 }
-static const Octets root{0}, pointer{0xc0, 12}, plain = make_query("a.test"), edns = make_query("a.test", 1, Edns{});
+static const Octets root{0}, pointer{0xc0, 12};
+static const Octets plain = make_query("a.test"), edns = make_query("a.test", 1, Edns{});
 static Octets answer_to(Octets m) { m[2] |= 0x80; m[3] |= 0x80; return m; }
 
 TEST("parse.finds_the_parts_of_a_message") {
@@ -35,7 +40,8 @@ TEST("parse.finds_the_parts_of_a_message") {
 
 TEST("parse.faults") {
     const std::string l63(63, 'x');
-    const std::string n255 = l63 + "." + l63 + "." + l63 + "." + std::string(61, 'y'), n256 = n255 + "y";
+    const std::string n255 = l63 + "." + l63 + "." + l63 + "." + std::string(61, 'y'),
+                      n256 = n255 + "y";
     const struct { const char* what; Octets m; bool good; } rows[] = {
         {"a label of 63 octets", make_query(l63 + ".test"), true},
         {"a label of 64", with(plain, 12, 64), false},
@@ -46,19 +52,21 @@ TEST("parse.faults") {
         {"no question", Octets(12, 0), true},
         {"a question cut short", Octets(plain.begin(), plain.end() - 1), false},
         {"shorter than a header", Octets(11, 0), false},
-        {"a pointer to itself as a record's owner: it is not followed", with_record(plain, {0xc0, 24}, 1, {1, 2, 3, 4}), true},
+        {"a pointer to itself as a record's owner: it is not followed",
+         with_record(plain, {0xc0, 24}, 1, {1, 2, 3, 4}), true},
         {"a record that is not there", with(plain, 7, 1), false},
         {"RDLENGTH past the end", with(with_record(plain, pointer, 1, {1, 2, 3, 4}), 35, 5), false},
-        {"half a pointer", [] { Octets m = with(plain, 7, 1); m.push_back(0xc0); return m; }(), false},
+        {"half a pointer", plus(with(plain, 7, 1), {0xc0}), false},
         {"counts of 65535", with(with(plain, 6, 255), 7, 255), false},
         {"two OPTs", with_record(edns, root, 41, {}), false},
         {"an OPT whose owner is not the root", with_record(plain, {1, 'x', 0}, 41, {}), false},
         {"an OPT among the answers", with_record(plain, root, 41, {}, 7), false},
-        {"an option past its OPT", make_query("a.test", 1, Edns{1232, false, {0, 3, 0, 2, 1}}), false},
+        {"an option past its OPT", make_query("a.test", 1, Edns{1232, false, {0, 3, 0, 2, 1}}),
+         false},
         {"half an option's header", make_query("a.test", 1, Edns{1232, false, {0, 3, 0}}), false},
         {"an option of no octets", make_query("a.test", 1, Edns{1232, false, {0, 3, 0, 0}}), true},
         {"an OPT first", with_record(edns, root, 1, {1, 2, 3, 4}), true},
-        {"octets behind the last record", [] { Octets m = plain; m.push_back(7); return m; }(), true},
+        {"octets behind the last record", plus(plain, {7}), true},
     };
     for (auto& row : rows) CHECK_WHY(!dot::parse(row.m).fault == row.good, row.what);
 }
@@ -66,8 +74,10 @@ TEST("parse.faults") {
 TEST("parse.signed_only_if_the_signature_is_last") {
     CHECK(dot::parse(with_record(plain, root, 250, Octets(16, 0))).is_signed);
     CHECK(dot::parse(with_record(plain, root, 24, Octets(18, 0))).is_signed);          // SIG(0)
-    CHECK(!dot::parse(with_record(plain, root, 24, with(Octets(18, 0), 1, 1))).is_signed);  // a SIG of A
-    CHECK(!dot::parse(with_record(plain, root, 250, Octets(16, 0), 7)).is_signed);    // not additional
+    const Octets sig_of_a = with(Octets(18, 0), 1, 1);
+    CHECK(!dot::parse(with_record(plain, root, 24, sig_of_a)).is_signed);
+    // Not additional.
+    CHECK(!dot::parse(with_record(plain, root, 250, Octets(16, 0), 7)).is_signed);
     CHECK(!dot::parse(with_record(with_record(plain, root, 250, {}), root, 1, {})).is_signed);
 }
 
@@ -76,10 +86,12 @@ TEST("judge.verdicts") {
         {"a query", plain, dot::forward},
         {"an answer: replying would be a loop", answer_to(plain), dot::silence},
         {"11 octets", Octets(11, 0), dot::silence},
-        {"DSO, even malformed", with(Octets(plain.begin(), plain.end() - 3), 2, 6 << 3), dot::NOTIMP},
+        {"DSO, even malformed", with(Octets(plain.begin(), plain.end() - 3), 2, 6 << 3),
+         dot::NOTIMP},
         {"AXFR", make_query("a.test", 252), dot::NOTIMP},
         {"IXFR", make_query("a.test", 251), dot::NOTIMP},
-        {"a NOTIFY about type 252 is not a transfer", make_query("a.test", 252, {}, 1, 4 << 11), dot::forward},
+        {"a NOTIFY about type 252 is not a transfer", make_query("a.test", 252, {}, 1, 4 << 11),
+         dot::forward},
         {"no question, RFC 9619 4", Octets(12, 0), dot::forward},
         {"malformed", with(plain, 12, 64), dot::FORMERR},
         {"an unknown opcode", with(plain, 2, 15 << 3), dot::forward},
@@ -88,21 +100,26 @@ TEST("judge.verdicts") {
     Octets two = with(plain, 5, 2);
     append(two, Octets(plain.begin() + 12, plain.end()));
     CHECK_EQ(dot::judge(query_of(two)).rcode, int(dot::FORMERR));
-    CHECK_EQ(dot::judge(query_of(with(two, 2, 5 << 3))).rcode, dot::forward);  // only of opcode QUERY
+    // Only of opcode QUERY.
+    CHECK_EQ(dot::judge(query_of(with(two, 2, 5 << 3))).rcode, dot::forward);
 }
 
 TEST("pad.every_size_to_a_multiple_of_128") {
     for (int length = 1; length < 250; length++) {
         std::string name;
-        for (int left = length; left > 0; left -= 63) name += std::string(std::min(left, 62), 'n') + ".";
-        for (const Octets& q : {make_query(name + "t"), make_query(name + "t", 1, Edns{1232, true, {0, 100, 0, 1, 9}})}) {
+        for (int left = length; left > 0; left -= 63)
+            name += std::string(std::min(left, 62), 'n') + ".";
+        for (const Octets& q : {make_query(name + "t"),
+                                make_query(name + "t", 1, Edns{1232, true, {0, 100, 0, 1, 9}})}) {
             const Octets padded = dot::pad(query_of(q));
             const Answer a(padded);
             CHECK_EQ(padded.size() % 128, 0u);
-            CHECK_EQ(padded.size() / 128, (q.size() + 4 + (Answer(q).has_opt ? 0 : 11) + 127) / 128);
+            CHECK_EQ(padded.size() / 128,
+                     (q.size() + 4 + (Answer(q).has_opt ? 0 : 11) + 127) / 128);
             CHECK(a.options.count(12) == 1 && a.count(3) == 1);
             for (uint8_t octet : a.options.at(12)) CHECK_EQ(int(octet), 0);  // RFC 7830 3
-            CHECK(std::equal(a.options.at(12).begin(), a.options.at(12).end(), padded.end() - a.options.at(12).size()));
+            CHECK(std::equal(a.options.at(12).begin(), a.options.at(12).end(),
+                             padded.end() - a.options.at(12).size()));
         }
     }
 }
@@ -111,9 +128,11 @@ TEST("pad.what_travels_unchanged") {
     const struct { const char* what; Octets m; } rows[] = {
         {"TSIG", with_record(edns, root, 250, Octets(16, 0))},
         {"SIG(0)", with_record(plain, root, 24, Octets(18, 0))},
-        {"octets behind the last record", [] { Octets m = plain; append(m, {1, 2}); return m; }()},
-        {"a pointer behind the OPT to what would move", with_record(with_record(edns, {1, 'z', 0}, 1, {}), {0xc0, 35}, 1, {})},
-        {"no room", make_query("a.test", 1, Edns{1232, false, [] { Octets o{0, 9, 0xff, 0x60}; o.resize(4 + 0xff60); return o; }()})},
+        {"octets behind the last record", plus(plain, {1, 2})},
+        {"a pointer behind the OPT to what would move",
+         with_record(with_record(edns, {1, 'z', 0}, 1, {}), {0xc0, 35}, 1, {})},
+        {"no room", make_query("a.test", 1, Edns{1232, false, plus({0, 9, 0xff, 0x60},
+                                                                   Octets(0xff60, 0))})},
     };
     for (auto& row : rows) CHECK_WHY(dot::pad(query_of(row.m)) == row.m, row.what);
     const Octets first = with_record(edns, pointer, 1, {1, 2, 3, 4});  // this pointer stays right
@@ -143,26 +162,35 @@ TEST("match.table") {
         {"another opcode", plain, with(a, 2, 0x91), false},
         {"another name", plain, with(a, 13, 'b'), false},
         {"another case", big, a, true},
-        {"'@' and '`' differ by 32 and are no letters", make_query("@.test"), answer_to(make_query("`.test")), false},
-        {"type 0x61 is not 0x41", make_query("a.test", 0x41), answer_to(make_query("a.test", 0x61)), false},
+        {"'@' and '`' differ by 32 and are no letters", make_query("@.test"),
+         answer_to(make_query("`.test")), false},
+        {"type 0x61 is not 0x41", make_query("a.test", 0x41), answer_to(make_query("a.test", 0x61)),
+         false},
         {"another class", plain, with(a, 23, 3), false},
         {"no question, NOERROR", plain, with(Octets(a.begin(), a.begin() + 12), 5, 0), false},
-        {"no question, REFUSED", plain, with(with(Octets(a.begin(), a.begin() + 12), 5, 0), 3, 0x85), true},
-        {"no question, NXDOMAIN", plain, with(with(Octets(a.begin(), a.begin() + 12), 5, 0), 3, 0x83), false},
-        {"a question where none was asked", Octets{0x12, 0x34, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0}, a, false},
+        {"no question, REFUSED", plain,
+         with(with(Octets(a.begin(), a.begin() + 12), 5, 0), 3, 0x85), true},
+        {"no question, NXDOMAIN", plain,
+         with(with(Octets(a.begin(), a.begin() + 12), 5, 0), 3, 0x83), false},
+        {"a question where none was asked", Octets{0x12, 0x34, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0}, a,
+         false},
         {"malformed", plain, with(a, 7, 1), false},
         {"a longer name", plain, answer_to(make_query("a.test.x")), false},
         {"5 octets", plain, Octets(5, 0), false},
     };
-    for (auto& row : rows) CHECK_WHY(dot::matches(query_of(row.q), row.a, dot::parse(row.a)) == row.good, row.what);
+    for (auto& row : rows)
+        CHECK_WHY(dot::matches(query_of(row.q), row.a, dot::parse(row.a)) == row.good, row.what);
 }
 
-static std::optional<Octets> unpad(const Octets& q, const Octets& a) { return dot::unpad(query_of(q), a, dot::parse(a)); }
+static std::optional<Octets> unpad(const Octets& q, const Octets& a) {
+    return dot::unpad(query_of(q), a, dot::parse(a));
+}
 
 TEST("unpad.takes_out_what_is_not_the_clients") {
     const Octets options{0, 12, 0, 3, 1, 2, 3, 0, 100, 0, 1, 9, 0, 11, 0, 2, 0, 7, 0, 12, 0, 0};
     const Octets a = answer_to(make_query("a.test", 1, Edns{1232, true, options}));
-    CHECK(unpad(edns, a) == answer_to(make_query("a.test", 1, Edns{1232, true, {0, 100, 0, 1, 9}})));
+    CHECK(unpad(edns, a) ==
+          answer_to(make_query("a.test", 1, Edns{1232, true, {0, 100, 0, 1, 9}})));
     CHECK(unpad(plain, a) == answer_to(plain));  // without EDNS no OPT at all
     CHECK(unpad(make_query("A.tesT"), answer_to(plain)) == answer_to(make_query("A.tesT")));
     const Octets middle = with_record(a, pointer, 1, {1, 2, 3, 4});
@@ -174,9 +202,12 @@ TEST("unpad.what_has_no_form_for_the_client") {
     ext[29] = 1;  // BADVERS: its low four bits are NOERROR
     CHECK(!unpad(plain, ext));
     CHECK(unpad(edns, ext) == ext);
-    const Octets moved = with_record(with_record(answer_to(edns), {1, 'z', 0}, 1, {}), {0xc0, 35}, 1, {});
+    const Octets moved =
+        with_record(with_record(answer_to(edns), {1, 'z', 0}, 1, {}), {0xc0, 35}, 1, {});
     CHECK(!unpad(plain, moved));
-    const Octets tsig = with_record(answer_to(make_query("a.test", 1, Edns{1232, false, {0, 12, 0, 1, 0}})), root, 250, Octets(16, 0));
+    const Octets tsig =
+        with_record(answer_to(make_query("a.test", 1, Edns{1232, false, {0, 12, 0, 1, 0}})), root,
+                    250, Octets(16, 0));
     CHECK(unpad(plain, tsig) == tsig);
 }
 
@@ -185,15 +216,19 @@ TEST("cut.keeps_header_question_and_opt") {
     for (int i = 0; i < 50; i++) a = with_record(a, pointer, 1, {1, 2, 3, 4}, 7);
     CHECK(dot::cut(query_of(plain, true), a, 512) == a);
     const Answer no_opt(dot::cut(query_of(plain), a, 512));
-    CHECK(no_opt.tc() && no_opt.octets.size() == plain.size() && no_opt.count(1) == 0 && !no_opt.has_opt);
-    const Octets with_opt = [&] { Octets m = a; append(m, opt_record(Edns{4096, true, {0, 15, 0, 2, 0, 9}})); m[11]++; return m; }();
+    CHECK(no_opt.tc() && no_opt.octets.size() == plain.size() && no_opt.count(1) == 0 &&
+          !no_opt.has_opt);
+    const Octets counted = with(a, 11, 1);
+    const Octets with_opt = plus(counted, opt_record(Edns{4096, true, {0, 15, 0, 2, 0, 9}}));
     const Answer opt(dot::cut(query_of(edns), with_opt, 512));
-    CHECK(opt.tc() && opt.has_opt && opt.options.count(15) == 1 && opt.opt_flags == 0x8000 && opt.count(3) == 1);
+    CHECK(opt.tc() && opt.has_opt && opt.options.count(15) == 1 && opt.opt_flags == 0x8000 &&
+          opt.count(3) == 1);
     Octets huge{0, 15, 2, 0};
     huge.resize(4 + 512);
-    const Octets with_huge = [&] { Octets m = a; append(m, opt_record(Edns{4096, true, huge})); m[11]++; return m; }();
+    const Octets with_huge = plus(counted, opt_record(Edns{4096, true, huge}));
     const Answer dropped(dot::cut(query_of(edns), with_huge, 512));
-    CHECK(dropped.tc() && dropped.has_opt && dropped.options.empty() && dropped.octets.size() <= 512);
+    CHECK(dropped.tc() && dropped.has_opt && dropped.options.empty() &&
+          dropped.octets.size() <= 512);
     CHECK(Answer(dot::cut(query_of(edns), a, 512)).has_opt);  // the resolver sent none: our own
 }
 
@@ -205,8 +240,10 @@ TEST("cut.what_a_client_can_take") {
         for (bool tcp : {false, true}) {
             const Octets q = make_query("a.test", 1, row.edns);
             Octets fits = with_record(answer_to(plain), pointer, 16, {}, 7);
-            fits = with_record(answer_to(plain), pointer, 16, Octets(row.limit - fits.size(), 0), 7);
-            const Octets longer = with_record(answer_to(plain), pointer, 16, Octets(row.limit - 24 - 11, 0), 7);
+            fits =
+                with_record(answer_to(plain), pointer, 16, Octets(row.limit - fits.size(), 0), 7);
+            const Octets longer =
+                with_record(answer_to(plain), pointer, 16, Octets(row.limit - 24 - 11, 0), 7);
             CHECK_EQ(fits.size(), row.limit);
             CHECK_EQ(longer.size(), row.limit + 1);
             CHECK(dot::cut(query_of(q, tcp), fits, row.most) == fits);
@@ -215,7 +252,8 @@ TEST("cut.what_a_client_can_take") {
 }
 
 TEST("reply.flags_opt_and_error") {
-    const Octets q = make_query("A.test", 1, Edns{1232, true, {0, 10, 0, 1, 1}}, 0xbeef, 0x07f0 & ~0x0080);
+    const Octets q =
+        make_query("A.test", 1, Edns{1232, true, {0, 10, 0, 1, 1}}, 0xbeef, 0x07f0 & ~0x0080);
     const Answer f(dot::reply(query_of(q), dot::SERVFAIL, 23));
     CHECK(f.id() == 0xbeef && f.rcode() == 2 && !f.tc() && f.count(0) == 1 && f.count(3) == 1);
     CHECK_EQ(int(f.octets[2]), 0x81);  // QR and RD
@@ -232,7 +270,8 @@ TEST("reply.flags_opt_and_error") {
 static Octets random_message(std::mt19937& rng, bool sound) {
     auto below = [&](int n) { return int(rng() % n); };
     std::string name;
-    for (int labels = 1 + below(5); labels > 0; labels--) name += std::string(1 + below(40), char('a' + below(26))) + ".";
+    for (int labels = 1 + below(5); labels > 0; labels--)
+        name += std::string(1 + below(40), char('a' + below(26))) + ".";
     Octets options;
     for (int n = below(4); n > 0; n--) {
         const int size = below(30), code = 100 + below(50);
@@ -240,8 +279,13 @@ static Octets random_message(std::mt19937& rng, bool sound) {
         append16(options, size);
         for (int i = 0; i < size; i++) options.push_back(uint8_t(below(128)));
     }
-    Octets m = make_query(name, below(300), below(2) ? std::optional<Edns>(Edns{below(5000), below(2) > 0, options}) : std::nullopt, below(65536), below(128) << 4);
-    for (int n = below(3); n > 0; n--) m = with_record(m, below(2) ? pointer : wire_name(name), 1 + below(23), Octets(below(50), uint8_t(below(128))));
+    Octets m = make_query(
+        name, below(300),
+        below(2) ? std::optional<Edns>(Edns{below(5000), below(2) > 0, options}) : std::nullopt,
+        below(65536), below(128) << 4);
+    for (int n = below(3); n > 0; n--)
+        m = with_record(m, below(2) ? pointer : wire_name(name), 1 + below(23),
+                        Octets(below(50), uint8_t(below(128))));
     if (!sound)
         for (int n = 1 + below(6); n > 0; n--) m[below(int(m.size()))] = uint8_t(rng());
     if (!sound && below(3) == 0) m.resize(below(int(m.size())));
@@ -288,7 +332,8 @@ static bool throws(const std::function<void()>& f) {
 TEST("address.parsed_in_full") {
     CHECK_EQ(dot::parse_address("192.0.2.1", 53).str(), "192.0.2.1@53");
     CHECK_EQ(dot::parse_address("2001:db8::1@5300", 53).str(), "2001:db8::1@5300");
-    for (const char* bad : {"", "localhost", "192.0.2", "192.0.2.1@", "192.0.2.1@0", "192.0.2.1@65536", "192.0.2.1@5x", "::1@-1", "192.0.2.1 "})
+    for (const char* bad : {"", "localhost", "192.0.2", "192.0.2.1@", "192.0.2.1@0",
+                            "192.0.2.1@65536", "192.0.2.1@5x", "::1@-1", "192.0.2.1 "})
         CHECK_WHY(throws([&] { dot::parse_address(bad, 53); }), bad);
     CHECK_EQ(dot::parse_number("65535", 1, 65535, "x"), 65535);
     for (const char* bad : {"", "0", "65536", "1x", " 1", "+1", "99999999999999"})
@@ -297,15 +342,21 @@ TEST("address.parsed_in_full") {
 
 TEST("upstream.parsed_in_full") {
     const auto c = dot::parse_upstream("cloudflare");
-    CHECK(c.size() == 4 && c[0].address.str() == "1.1.1.1@853" && c[0].name == "cloudflare-dns.com");
+    CHECK(c.size() == 4 && c[0].address.str() == "1.1.1.1@853" &&
+          c[0].name == "cloudflare-dns.com");
     CHECK(c[2].address.str() == "2606:4700:4700::1111@853");
-    CHECK_EQ(dot::parse_upstream("google")[1].address.str() + dot::parse_upstream("google")[1].name, "8.8.4.4@853dns.google");
+    CHECK_EQ(dot::parse_upstream("google")[1].address.str() + dot::parse_upstream("google")[1].name,
+             "8.8.4.4@853dns.google");
     CHECK_EQ(dot::parse_upstream("quad9")[0].name, "dns.quad9.net");
     const std::string pin = "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=";
-    const auto u = dot::parse_upstream("2001:db8::1@8853#dot.test,pin-sha256=" + pin + ",pin-sha256=/" + pin.substr(1));
-    CHECK(u.size() == 1 && u[0].pins.size() == 2 && u[0].pins[0][0] == 0 && u[0].pins[1][0] == 0xfc);
-    for (const std::string bad : {"", "#dot.test", "192.0.2.1", "192.0.2.1#", "192.0.2.1#192.0.2.2", "192.0.2.1@53#dot.test", "cloudflare#x",
-                                  "192.0.2.1#dot.test,", "192.0.2.1#dot.test,pin-sha256=AA==", "192.0.2.1#a b", "192.0.2.1#x,pin-sha1=AA"})
+    const auto u = dot::parse_upstream("2001:db8::1@8853#dot.test,pin-sha256=" + pin +
+                                       ",pin-sha256=/" + pin.substr(1));
+    CHECK(u.size() == 1 && u[0].pins.size() == 2 && u[0].pins[0][0] == 0 &&
+          u[0].pins[1][0] == 0xfc);
+    for (const std::string bad :
+         {"", "#dot.test", "192.0.2.1", "192.0.2.1#", "192.0.2.1#192.0.2.2",
+          "192.0.2.1@53#dot.test", "cloudflare#x", "192.0.2.1#dot.test,",
+          "192.0.2.1#dot.test,pin-sha256=AA==", "192.0.2.1#a b", "192.0.2.1#x,pin-sha1=AA"})
         CHECK_WHY(throws([&] { dot::parse_upstream(bad); }), bad);
 }
 

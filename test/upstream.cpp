@@ -1,4 +1,4 @@
-// upstream.cpp - see upstream.hpp. One thread for each connection; nothing here is the proxy's code.
+// upstream.cpp - see upstream.hpp. A thread for each connection; nothing here is the proxy's code.
 #include "upstream.hpp"
 
 #include <arpa/inet.h>
@@ -53,7 +53,8 @@ static const struct {
     {Cert::Backup, "backup", "dot.test", "DNS:dot.test", -1, 30, false, false, "serverAuth"},
 };
 static const auto& leaf_of(Cert kind) {
-    return *std::find_if(std::begin(leaves), std::end(leaves), [&](auto& l) { return l.kind == kind; });
+    return *std::find_if(std::begin(leaves), std::end(leaves),
+                         [&](auto& l) { return l.kind == kind; });
 }
 
 static void extend(X509* cert, X509* issuer, int nid, const char* value) {
@@ -114,8 +115,12 @@ Certificates::Certificates() {
         EVP_PKEY_free(keys[i]);
     }
 }
-std::string Certificates::leaf(Cert kind) const { return dir.path + "/" + leaf_of(kind).file + ".pem"; }
-std::string Certificates::key(Cert kind) const { return dir.path + "/" + leaf_of(kind).file + ".key"; }
+std::string Certificates::leaf(Cert kind) const {
+    return dir.path + "/" + leaf_of(kind).file + ".pem";
+}
+std::string Certificates::key(Cert kind) const {
+    return dir.path + "/" + leaf_of(kind).file + ".key";
+}
 std::string Certificates::pin(Cert kind) const {
     FILE* f = fopen(leaf(kind).c_str(), "r");
     X509* cert = PEM_read_X509(f, nullptr, nullptr, nullptr);
@@ -158,11 +163,13 @@ static Question read_question(const Octets& q) {
     return r;
 }
 
-static void add_opt(Octets& a, const Question& question, int ext_rcode, const Octets& options, bool pad) {
+static void add_opt(Octets& a, const Question& question, int ext_rcode, const Octets& options,
+                    bool pad) {
     (void)question;
     a[11]++;
     const size_t at = a.size();
-    for (int octet : {0, 0, 41, 4096 >> 8, 4096 & 255, ext_rcode, 0, 0, 0, 0, 0}) a.push_back(uint8_t(octet));
+    for (int octet : {0, 0, 41, 4096 >> 8, 4096 & 255, ext_rcode, 0, 0, 0, 0, 0})
+        a.push_back(uint8_t(octet));
     a.insert(a.end(), options.begin(), options.end());
     if (pad) {  // RFC 8467 4.2: to 468
         const size_t padding = (468 - (a.size() + 4) % 468) % 468;
@@ -178,13 +185,15 @@ static void add_opt(Octets& a, const Question& question, int ext_rcode, const Oc
 // A record of `type` that owns the question's name. TXT of `size` octets of text.
 static void add_record(Octets& a, int type, const Octets& data) {
     a[7]++;
-    for (int octet : {0xc0, 0x0c, type >> 8, type & 255, 0, 1, 0, 0, 0, 60}) a.push_back(uint8_t(octet));
+    for (int octet : {0xc0, 0x0c, type >> 8, type & 255, 0, 1, 0, 0, 0, 60})
+        a.push_back(uint8_t(octet));
     put16(a, int(data.size()));
     a.insert(a.end(), data.begin(), data.end());
 }
 
 // An answer to `q`: A has an address made of the name, so that answers can be told apart.
-static Octets answer(const Octets& q, const Question& question, const std::string& key, int number) {
+static Octets answer(const Octets& q, const Question& question, const std::string& key,
+                     int number) {
     Octets a(q.begin(), q.begin() + question.end);
     a[2] = uint8_t(a[2] | 0x84);
     a[3] = uint8_t((a[3] & 0x70) | 0x80);
@@ -201,15 +210,18 @@ static Octets answer(const Octets& q, const Question& question, const std::strin
         return a;
     } else if (question.type == 1) {
         uint32_t hash = 2166136261u;
-        for (size_t i = 12; i < question.end - 4; i++) hash = (hash ^ uint32_t(tolower(q[i]))) * 16777619u;
-        add_record(a, 1, {uint8_t(hash >> 24), uint8_t(hash >> 16), uint8_t(hash >> 8), uint8_t(hash)});
+        for (size_t i = 12; i < question.end - 4; i++)
+            hash = (hash ^ uint32_t(tolower(q[i]))) * 16777619u;
+        add_record(a, 1,
+                   {uint8_t(hash >> 24), uint8_t(hash >> 16), uint8_t(hash >> 8), uint8_t(hash)});
     }
     Octets options;
     if (key == "ede") options = {0, 15, 0, 4, 0, 22, 'h', 'i'};
     if (key == "keepalive") options = {0, 11, 0, 2, 0, 100, 0, 100, 0, 3, 'a', 'b', 'c'};
     const int ext = key == "badvers" || key == "badcookie" ? 1 : 0;
     if (key == "badcookie") a[3] |= 7;
-    if ((question.opt && key != "noopt") || key == "always") add_opt(a, question, ext, options, question.padding);
+    if ((question.opt && key != "noopt") || key == "always")
+        add_opt(a, question, ext, options, question.padding);
     if (key == "tc") a[2] |= 2;
     if (key == "ad") a[3] |= 0x20;
     if (key == "folded")
@@ -263,11 +275,14 @@ static int on_hello(SSL* ssl, int*, void* arg) {
     std::string sni, alpn;
     if (SSL_client_hello_get0_ext(ssl, TLSEXT_TYPE_server_name, &data, &size) && size > 5)
         sni.assign(data + 5, data + size);
-    if (SSL_client_hello_get0_ext(ssl, TLSEXT_TYPE_application_layer_protocol_negotiation, &data, &size) && size > 3)
+    if (SSL_client_hello_get0_ext(ssl, TLSEXT_TYPE_application_layer_protocol_negotiation, &data,
+                                  &size) &&
+        size > 3)
         alpn.assign(data + 3, data + size);
     if (SSL_client_hello_get0_ext(ssl, TLSEXT_TYPE_early_data, &data, &size)) shared->early_data++;
     if (SSL_client_hello_get0_ext(ssl, TLSEXT_TYPE_psk, &data, &size) && size > 4)
-        shared->tickets.emplace_back(data + 4, data + 4 + std::min<size_t>(size - 4, data[2] << 8 | data[3]));
+        shared->tickets.emplace_back(data + 4,
+                                     data + 4 + std::min<size_t>(size - 4, data[2] << 8 | data[3]));
     shared->names.push_back(sni);
     shared->alpns.push_back(alpn);
     return SSL_CLIENT_HELLO_SUCCESS;
@@ -291,7 +306,8 @@ SSL* Upstream::Shared::make_ssl(const Options& o) {
         SSL_CTX_use_certificate_chain_file(ctx, cert_file[int(o.cert)].c_str());
         SSL_CTX_use_PrivateKey_file(ctx, key_file[int(o.cert)].c_str(), SSL_FILETYPE_PEM);
         SSL_CTX_set_client_hello_cb(ctx, on_hello, &seen);
-        if (o.max_version && o.max_version < TLS1_2_VERSION) SSL_CTX_set_cipher_list(ctx, "ALL:@SECLEVEL=0");
+        if (o.max_version && o.max_version < TLS1_2_VERSION)
+            SSL_CTX_set_cipher_list(ctx, "ALL:@SECLEVEL=0");
     }
     SSL_CTX_set_alpn_select_cb(ctx, on_alpn, &alpn);
     SSL* ssl = SSL_new(ctx);
@@ -319,7 +335,11 @@ bool Upstream::Shared::misbehave(SSL* ssl, int fd, const std::string& key, const
         setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof now);
         return false;
     }
-    if (key == "cutclean") { send_all(ssl, {framed.begin(), framed.begin() + half}); SSL_shutdown(ssl); return false; }
+    if (key == "cutclean") {
+        send_all(ssl, {framed.begin(), framed.begin() + half});
+        SSL_shutdown(ssl);
+        return false;
+    }
     if (key == "cut") { send_all(ssl, {framed.begin(), framed.begin() + half}); return false; }
     if (key == "halflength") { send_all(ssl, {framed[0]}); return false; }
     if (key == "silent") { while (sleep(100)) {} return false; }
@@ -342,7 +362,10 @@ bool Upstream::Shared::misbehave(SSL* ssl, int fd, const std::string& key, const
         twice.insert(twice.end(), framed.begin(), framed.end());
         return send_all(ssl, twice);
     }
-    if (key == "keyupdate") { SSL_key_update(ssl, SSL_KEY_UPDATE_REQUESTED); return send_all(ssl, framed); }
+    if (key == "keyupdate") {
+        SSL_key_update(ssl, SSL_KEY_UPDATE_REQUESTED);
+        return send_all(ssl, framed);
+    }
     if (key == "unclean") { send_all(ssl, framed); shutdown(fd, SHUT_WR); return false; }
     return send_all(ssl, framed);
 }
@@ -356,12 +379,14 @@ bool Upstream::Shared::serve_query(SSL* ssl, int fd, const Octets& query) {
     const Options o = now();
     if (o.deaf) { while (now().deaf && sleep(50)) {} return false; }
     if (key == "cutat") {  // CUTAT: close after NUMBER octets of the framed answer
-        Octets a = answer(query, question, "a", 0), framed{uint8_t(a.size() >> 8), uint8_t(a.size())};
+        Octets a = answer(query, question, "a", 0),
+               framed{uint8_t(a.size() >> 8), uint8_t(a.size())};
         framed.insert(framed.end(), a.begin(), a.end());
         send_all(ssl, {framed.begin(), framed.begin() + std::min<size_t>(number, framed.size())});
         return false;
     }
-    static const std::set<std::string> counted{"close", "reset", "cut", "cutclean", "wrongid", "silent"};
+    static const std::set<std::string> counted{"close",    "reset",   "cut",
+                                               "cutclean", "wrongid", "silent"};
     if (counted.count(key) && number) {
         std::lock_guard lock(mutex);
         if (++faults[question.label] > number) key = "a";
@@ -388,11 +413,15 @@ void Upstream::Shared::serve(int fd) {
         setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof now);
     }
     if (o.accept == Options::Hang) {
-        if (recv(fd, &first, 1, MSG_PEEK) == 1) { std::lock_guard lock(mutex); seen.first_octets.push_back(first); }
+        if (recv(fd, &first, 1, MSG_PEEK) == 1) {
+            std::lock_guard lock(mutex);
+            seen.first_octets.push_back(first);
+        }
         while (sleep(50)) {}
     }
-    if (o.accept == Options::Plaintext || o.accept == Options::Reset || o.accept == Options::Close ||
-        o.accept == Options::Hang) return;
+    if (o.accept == Options::Plaintext || o.accept == Options::Reset ||
+        o.accept == Options::Close || o.accept == Options::Hang)
+        return;
     if (recv(fd, &first, 1, MSG_PEEK) != 1) return;
     { std::lock_guard lock(mutex); seen.first_octets.push_back(first); }
     SSL* ssl = make_ssl(o);
@@ -429,7 +458,8 @@ void Upstream::Shared::serve(int fd) {
     ERR_clear_error();
 }
 
-Upstream::Upstream(const Certificates& certificates, Options options) : shared_(std::make_shared<Shared>()) {
+Upstream::Upstream(const Certificates& certificates, Options options)
+    : shared_(std::make_shared<Shared>()) {
     signal(SIGPIPE, SIG_IGN);
     for (auto& l : leaves) {
         shared_->cert_file[int(l.kind)] = certificates.leaf(l.kind);
@@ -446,7 +476,7 @@ Upstream::Upstream(const Certificates& certificates, Options options) : shared_(
     const int one = 1, fd = socket(v6.sin6_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
     socklen_t size = six ? sizeof v6 : sizeof v4;
-    for (int tries = 0; bind(fd, (sockaddr*)&v6, size) != 0; tries++) {  // a restart on the same port
+    for (int tries = 0; bind(fd, (sockaddr*)&v6, size) != 0; tries++) {  // a restart on a port
         if (tries == 100) throw std::runtime_error("upstream: bind");
         usleep(20000);
     }

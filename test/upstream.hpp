@@ -34,7 +34,8 @@ struct TempDir {
 
 // Certificates for dot.test, made anew: a CA and leaves that are right or wrong in one respect.
 enum class Cert {
-    Good, WrongName, Expired, NotYetValid, UnknownCa, SelfSigned, CnOnly, Wildcard, ClientOnly, Backup
+    Good, WrongName, Expired, NotYetValid, UnknownCa, SelfSigned, CnOnly, Wildcard, ClientOnly,
+    Backup
 };
 struct Certificates {
     Certificates();
