@@ -58,6 +58,7 @@ public:
         pid_ = fork();
         if (pid_ != 0) return;
         prctl(PR_SET_PDEATHSIG, SIGKILL);
+        signal(SIGPIPE, SIG_DFL);  // the tests' upstream ignores it; the program must on its own
         dup2(open(out.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600), 1);
         dup2(open(err.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600), 2);
         std::vector<char*> argv;
@@ -166,6 +167,7 @@ struct Answer {
             if (type == 41) {
                 CHECK(!has_opt);
                 has_opt = true;
+                opt_at = type_at - 1;
                 opt_flags = get16(m, type_at + 6);
                 ext_rcode = m[type_at + 4];
                 for (size_t o = type_at + 10; o < type_at + 10 + length; o += 4 + get16(m, o + 2))
@@ -190,7 +192,7 @@ struct Answer {
         return 0;
     }
     Octets octets;
-    size_t question_end = 12;
+    size_t question_end = 12, opt_at = 0;
     bool has_opt = false;
     int opt_flags = 0, ext_rcode = 0;
     uint8_t address[4]{};
@@ -268,7 +270,8 @@ struct Client {
 class Proxy {
 public:
     using Words = std::vector<std::string>;
-    // With `upstream`, its --upstream and --ca come first; `more` are further options.
+    // --listen, --upstream and --ca come first; `more` are further options. In all of them {port}
+    // stands for the proxy's own.
     Proxy(const Certificates& certificates, const std::vector<std::string>& upstreams,
           const Words& more = {}, const Words& listen = {"127.0.0.1", "::1"}) {
         for (int tries = 0; tries < 20 && !process_; tries++) {
@@ -282,6 +285,9 @@ public:
             command.push_back("-c");
             command.push_back(certificates.ca());
             command.insert(command.end(), more.begin(), more.end());
+            for (auto& word : command)
+                if (const size_t at = word.find("{port}"); at != word.npos)
+                    word.replace(at, 6, std::to_string(port));
             process_ = std::make_unique<Process>(command, dir_.path + "/out", dir_.path + "/err");
             const std::string to = listen[0] == "0.0.0.0" ? "127.0.0.1" : listen[0];
             const auto answers = [&] { return Client(SOCK_STREAM, port, to).connected; };

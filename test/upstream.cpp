@@ -34,23 +34,29 @@ TempDir::~TempDir() {
 
 // ---- Certificates ------------------------------------------------------------------------------
 
+// Who signs: the CA, another, and one that the CA signed as a CA, or as none. -1: the key itself.
+enum { TheCa, OtherCa, Intermediate, NoCa };
 static const struct {
     Cert kind;
     const char *file, *cn, *san;  // san: nullptr: none
     long from, until;             // days from now
-    bool self_signed, other_ca;
-    const char* usage;
+    int issuer;
+    const char* usage = "serverAuth";
+    bool chain = false;           // the issuer's certificate is sent too
 } leaves[] = {
-    {Cert::Good, "good", "dot.test", "DNS:dot.test", -1, 30, false, false, "serverAuth"},
-    {Cert::WrongName, "wrong", "dot.test", "DNS:other.test", -1, 30, false, false, "serverAuth"},
-    {Cert::Expired, "expired", "dot.test", "DNS:dot.test", -30, -1, false, false, "serverAuth"},
-    {Cert::NotYetValid, "early", "dot.test", "DNS:dot.test", 5, 30, false, false, "serverAuth"},
-    {Cert::UnknownCa, "unknown", "dot.test", "DNS:dot.test", -1, 30, false, true, "serverAuth"},
-    {Cert::SelfSigned, "self", "dot.test", "DNS:dot.test", -1, 30, true, false, "serverAuth"},
-    {Cert::CnOnly, "cn", "dot.test", nullptr, -1, 30, false, false, "serverAuth"},
-    {Cert::Wildcard, "wild", "x", "DNS:*.lab.test", -1, 30, false, false, "serverAuth"},
-    {Cert::ClientOnly, "client", "dot.test", "DNS:dot.test", -1, 30, false, false, "clientAuth"},
-    {Cert::Backup, "backup", "dot.test", "DNS:dot.test", -1, 30, false, false, "serverAuth"},
+    {Cert::Good, "good", "dot.test", "DNS:dot.test", -1, 30, TheCa},
+    {Cert::WrongName, "wrong", "dot.test", "DNS:other.test", -1, 30, TheCa},
+    {Cert::Expired, "expired", "dot.test", "DNS:dot.test", -30, -1, TheCa},
+    {Cert::NotYetValid, "early", "dot.test", "DNS:dot.test", 5, 30, TheCa},
+    {Cert::UnknownCa, "unknown", "dot.test", "DNS:dot.test", -1, 30, OtherCa},
+    {Cert::SelfSigned, "self", "dot.test", "DNS:dot.test", -1, 30, -1},
+    {Cert::CnOnly, "cn", "dot.test", nullptr, -1, 30, TheCa},
+    {Cert::Wildcard, "wild", "x", "DNS:*.lab.test", -1, 30, TheCa},
+    {Cert::ClientOnly, "client", "dot.test", "DNS:dot.test", -1, 30, TheCa, "clientAuth"},
+    {Cert::Backup, "backup", "dot.test", "DNS:dot.test", -1, 30, TheCa},
+    {Cert::Chained, "chained", "x", "DNS:dot.test", -1, 30, Intermediate, "serverAuth", true},
+    {Cert::NoIntermediate, "alone", "x", "DNS:dot.test", -1, 30, Intermediate},
+    {Cert::FalseCa, "false", "x", "DNS:dot.test", -1, 30, NoCa, "serverAuth", true},
 };
 static const auto& leaf_of(Cert kind) {
     return *std::find_if(std::begin(leaves), std::end(leaves),
@@ -80,37 +86,42 @@ static X509* make_cert(EVP_PKEY* key, const char* cn, long from, long until, X50
     return cert;
 }
 
-static void save(const std::string& path, X509* cert, EVP_PKEY* key) {
+static void save(const std::string& path, std::initializer_list<X509*> certs, EVP_PKEY* key) {
     FILE* f = fopen(path.c_str(), "w");
     if (!f) throw std::runtime_error(path);
-    if (cert) PEM_write_X509(f, cert);
+    for (X509* cert : certs) PEM_write_X509(f, cert);
     if (key) PEM_write_PrivateKey(f, key, nullptr, nullptr, 0, nullptr, nullptr);
     fclose(f);
 }
 
 Certificates::Certificates() {
-    EVP_PKEY* keys[2];
-    X509* cas[2];
-    for (int i = 0; i < 2; i++) {
+    EVP_PKEY* keys[4];
+    X509* cas[4];
+    const char* names[] = {"test CA", "another CA", "intermediate CA", "no CA"};
+    for (int i : {TheCa, OtherCa, Intermediate, NoCa}) {
+        const int signer = i == OtherCa ? OtherCa : TheCa;
         keys[i] = EVP_EC_gen("P-256");
-        cas[i] = make_cert(keys[i], i ? "another CA" : "test CA", -40, 40, nullptr);
-        extend(cas[i], cas[i], NID_basic_constraints, "critical,CA:TRUE");
-        X509_sign(cas[i], keys[i], EVP_sha256());
+        cas[i] = make_cert(keys[i], names[i], -40, 40, signer == i ? nullptr : cas[signer]);
+        extend(cas[i], cas[signer], NID_basic_constraints,
+               i == NoCa ? "critical,CA:FALSE" : "critical,CA:TRUE");
+        X509_sign(cas[i], keys[signer], EVP_sha256());
     }
-    save(ca(), cas[0], nullptr);
+    save(ca(), {cas[TheCa]}, nullptr);
+    save(intermediate(), {cas[Intermediate]}, nullptr);
     for (auto& l : leaves) {
         EVP_PKEY* key = EVP_EC_gen("P-256");
-        X509* issuer = l.self_signed ? nullptr : cas[l.other_ca];
+        X509* issuer = l.issuer < 0 ? nullptr : cas[l.issuer];
         X509* cert = make_cert(key, l.cn, l.from, l.until, issuer);
         if (l.san) extend(cert, issuer ? issuer : cert, NID_subject_alt_name, l.san);
         extend(cert, issuer ? issuer : cert, NID_ext_key_usage, l.usage);
-        X509_sign(cert, l.self_signed ? key : keys[l.other_ca], EVP_sha256());
-        save(leaf(l.kind), cert, nullptr);
-        save(this->key(l.kind), nullptr, key);
+        X509_sign(cert, issuer ? keys[l.issuer] : key, EVP_sha256());
+        if (l.chain) save(leaf(l.kind), {cert, issuer}, nullptr);
+        else save(leaf(l.kind), {cert}, nullptr);
+        save(this->key(l.kind), {}, key);
         X509_free(cert);
         EVP_PKEY_free(key);
     }
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 4; i++) {
         X509_free(cas[i]);
         EVP_PKEY_free(keys[i]);
     }
@@ -121,8 +132,8 @@ std::string Certificates::leaf(Cert kind) const {
 std::string Certificates::key(Cert kind) const {
     return dir.path + "/" + leaf_of(kind).file + ".key";
 }
-std::string Certificates::pin(Cert kind) const {
-    FILE* f = fopen(leaf(kind).c_str(), "r");
+std::string Certificates::pin(const std::string& file) {
+    FILE* f = fopen(file.c_str(), "r");
     X509* cert = PEM_read_X509(f, nullptr, nullptr, nullptr);
     fclose(f);
     uint8_t *der = nullptr, hash[32], text[48];
@@ -163,9 +174,7 @@ static Question read_question(const Octets& q) {
     return r;
 }
 
-static void add_opt(Octets& a, const Question& question, int ext_rcode, const Octets& options,
-                    bool pad) {
-    (void)question;
+static void add_opt(Octets& a, int ext_rcode, const Octets& options, bool pad) {
     a[11]++;
     const size_t at = a.size();
     for (int octet : {0, 0, 41, 4096 >> 8, 4096 & 255, ext_rcode, 0, 0, 0, 0, 0})
@@ -182,13 +191,35 @@ static void add_opt(Octets& a, const Question& question, int ext_rcode, const Oc
     a[at + 10] = uint8_t(length);
 }
 
-// A record of `type` that owns the question's name. TXT of `size` octets of text.
-static void add_record(Octets& a, int type, const Octets& data) {
+// A record of `type`; its owner is the question's name, by a pointer, unless another is given.
+static void add_record(Octets& a, int type, const Octets& data, int klass = 1,
+                       const Octets& owner = {0xc0, 0x0c}) {
     a[7]++;
-    for (int octet : {0xc0, 0x0c, type >> 8, type & 255, 0, 1, 0, 0, 0, 60})
+    a.insert(a.end(), owner.begin(), owner.end());
+    for (int octet : {type >> 8, type & 255, klass >> 8, klass & 255, 0, 0, 0, 60})
         a.push_back(uint8_t(octet));
     put16(a, int(data.size()));
     a.insert(a.end(), data.begin(), data.end());
+}
+
+// Records that a proxy has no reason to read, and may break if it does.
+static void add_oddities(Octets& a, const std::string& key, const Octets& question_name) {
+    Octets pointer{0xc0, 0x0c}, upper = question_name;
+    for (auto& octet : upper) octet = uint8_t(toupper(octet));
+    if (key == "unknown") {  // data that looks like pointers, and like names in two cases
+        add_record(a, 65280, {0xc0, 0x0c, 0xff, 0xff, 0xc0, 3, 'C', 'o', 'M', 0, 0xc0}, 65280);
+        add_record(a, 65280, upper, 255, upper);  // no compression at all
+    }
+    if (key == "pointers") {  // an owner that is a pointer into the data of another record
+        add_record(a, 5, {1, 'X', 0xc0, 0x0c});
+        const size_t data = a.size() - 4;
+        add_record(a, 1, {1, 2, 3, 4}, 1, {uint8_t(0xc0 | data >> 8), uint8_t(data)});
+    }
+    for (int left = key == "chain" ? 100 : 0; left > 0; left--) {  // each to the one before it
+        add_record(a, 5, pointer);
+        const size_t data = a.size() - 2;
+        pointer = {uint8_t(0xc0 | data >> 8), uint8_t(data)};
+    }
 }
 
 // An answer to `q`: A has an address made of the name, so that answers can be told apart.
@@ -198,7 +229,7 @@ static Octets answer(const Octets& q, const Question& question, const std::strin
     a[2] = uint8_t(a[2] | 0x84);
     a[3] = uint8_t((a[3] & 0x70) | 0x80);
     std::fill(a.begin() + 6, a.begin() + 12, 0);
-    if (key == "txt") {
+    if (key == "txt" || (key == "tsig" && number > 0)) {
         Octets data;
         for (int left = number; left > 0; left -= 255) {
             data.push_back(uint8_t(std::min(left, 255)));
@@ -206,7 +237,9 @@ static Octets answer(const Octets& q, const Question& question, const std::strin
         }
         add_record(a, 16, data);
     } else if (key == "size") {  // of the whole message, without OPT
-        add_record(a, 65280, Octets(number - a.size() - 12, 0xc1));
+        Octets data(number - a.size() - 12);
+        for (size_t i = 0; i < data.size(); i++) data[i] = uint8_t(i + i / 251);
+        add_record(a, 65280, data);
         return a;
     } else if (question.type == 1) {
         uint32_t hash = 2166136261u;
@@ -215,13 +248,19 @@ static Octets answer(const Octets& q, const Question& question, const std::strin
         add_record(a, 1,
                    {uint8_t(hash >> 24), uint8_t(hash >> 16), uint8_t(hash >> 8), uint8_t(hash)});
     }
+    add_oddities(a, key, {q.begin() + 12, q.begin() + question.end - 4});
     Octets options;
     if (key == "ede") options = {0, 15, 0, 4, 0, 22, 'h', 'i'};
     if (key == "keepalive") options = {0, 11, 0, 2, 0, 100, 0, 100, 0, 3, 'a', 'b', 'c'};
     const int ext = key == "badvers" || key == "badcookie" ? 1 : 0;
     if (key == "badcookie") a[3] |= 7;
     if ((question.opt && key != "noopt") || key == "always")
-        add_opt(a, question, ext, options, question.padding);
+        add_opt(a, ext, options, question.padding);
+    if (key == "tsig") {
+        add_record(a, 250, Octets(20, 7), 255, {3, 'k', 'e', 'y', 0});
+        a[7]--;
+        a[11]++;
+    }
     if (key == "tc") a[2] |= 2;
     if (key == "ad") a[3] |= 0x20;
     if (key == "folded")
@@ -249,6 +288,8 @@ struct Upstream::Shared {
     std::map<std::string, int> faults;  // how often a name has been maltreated
     std::map<Cert, SSL_CTX*> contexts;
     std::set<int> fds;
+    std::map<int, std::thread> threads;  // one for each connection, by its number
+    std::vector<int> ended;              // those to be joined
     bool stopping = false;
     int listener = -1;
     std::string alpn;  // set once
@@ -261,31 +302,32 @@ struct Upstream::Shared {
     }
     Options now() const { std::lock_guard lock(mutex); return options; }
     SSL* make_ssl(const Options& o);
-    void serve(int fd);
+    void start(int fd);
+    void serve(int fd, int number);
     bool serve_query(SSL* ssl, int fd, const Octets& query);
-    bool misbehave(SSL* ssl, int fd, const std::string& key, const Octets& framed);
+    bool misbehave(SSL* ssl, int fd, const std::string& key, int number, const Octets& framed);
 };
 
-static int on_hello(SSL* ssl, int*, void* arg) {
-    auto* shared = static_cast<Seen*>(arg);
+static Hello read_hello(SSL* ssl) {
+    Hello hello;
     const uint8_t* data;
     size_t size;
-    auto* mutex = static_cast<std::mutex*>(SSL_get_app_data(ssl));
-    std::lock_guard lock(*mutex);
-    std::string sni, alpn;
-    if (SSL_client_hello_get0_ext(ssl, TLSEXT_TYPE_server_name, &data, &size) && size > 5)
-        sni.assign(data + 5, data + size);
-    if (SSL_client_hello_get0_ext(ssl, TLSEXT_TYPE_application_layer_protocol_negotiation, &data,
-                                  &size) &&
-        size > 3)
-        alpn.assign(data + 3, data + size);
-    if (SSL_client_hello_get0_ext(ssl, TLSEXT_TYPE_early_data, &data, &size)) shared->early_data++;
-    if (SSL_client_hello_get0_ext(ssl, TLSEXT_TYPE_psk, &data, &size) && size > 4)
-        shared->tickets.emplace_back(data + 4,
-                                     data + 4 + std::min<size_t>(size - 4, data[2] << 8 | data[3]));
-    shared->names.push_back(sni);
-    shared->alpns.push_back(alpn);
-    return SSL_CLIENT_HELLO_SUCCESS;
+    auto extension = [&](unsigned type) {
+        return SSL_client_hello_get0_ext(ssl, type, &data, &size) == 1;
+    };
+    if (extension(TLSEXT_TYPE_server_name) && size > 5) hello.name.assign(data + 5, data + size);
+    if (extension(TLSEXT_TYPE_application_layer_protocol_negotiation) && size > 3)
+        hello.alpn.assign(data + 3, data + size);
+    if (extension(TLSEXT_TYPE_supported_versions) && size > 1)
+        hello.versions.assign(data + 1, data + size);
+    size = SSL_client_hello_get0_compression_methods(ssl, &data);
+    hello.compressions.assign(data, data + size);
+    int* types;
+    if (SSL_client_hello_get1_extensions_present(ssl, &types, &size)) {
+        hello.extensions.insert(types, types + size);
+        OPENSSL_free(types);
+    }
+    return hello;
 }
 
 static int on_alpn(SSL*, const uint8_t** out, uint8_t* size, const uint8_t*, unsigned, void* arg) {
@@ -305,13 +347,31 @@ SSL* Upstream::Shared::make_ssl(const Options& o) {
         SSL_CTX_set_session_id_context(ctx, (const uint8_t*)"test", 4);
         SSL_CTX_use_certificate_chain_file(ctx, cert_file[int(o.cert)].c_str());
         SSL_CTX_use_PrivateKey_file(ctx, key_file[int(o.cert)].c_str(), SSL_FILETYPE_PEM);
-        SSL_CTX_set_client_hello_cb(ctx, on_hello, &seen);
+        SSL_CTX_set_client_hello_cb(ctx, [](SSL* ssl, int*, void* arg) {
+            auto& shared = *static_cast<Shared*>(arg);
+            const uint8_t* data;
+            size_t size;
+            std::lock_guard lock(shared.mutex);
+            shared.seen.hellos.push_back(read_hello(ssl));
+            if (SSL_client_hello_get0_ext(ssl, TLSEXT_TYPE_psk, &data, &size) && size > 4) {
+                const size_t length = std::min<size_t>(size - 4, data[2] << 8 | data[3]);
+                shared.seen.tickets.emplace_back(data + 4, data + 4 + length);
+            }
+            return SSL_CLIENT_HELLO_SUCCESS;
+        }, this);
+        SSL_CTX_set_session_ticket_cb(ctx, [](SSL* ssl, void* arg) {
+            const int lifetime = static_cast<Shared*>(arg)->now().ticket_lifetime;
+            if (lifetime >= 0) SSL_SESSION_set_timeout(SSL_get_session(ssl), lifetime);
+            return 1;
+        }, nullptr, this);
+        // It is offered, so that a client that would use it does; tickets stay stateless.
+        SSL_CTX_set_max_early_data(ctx, 16384);
+        SSL_CTX_set_options(ctx, SSL_OP_NO_ANTI_REPLAY);
         if (o.max_version && o.max_version < TLS1_2_VERSION)
             SSL_CTX_set_cipher_list(ctx, "ALL:@SECLEVEL=0");
     }
     SSL_CTX_set_alpn_select_cb(ctx, on_alpn, &alpn);
     SSL* ssl = SSL_new(ctx);
-    SSL_set_app_data(ssl, &mutex);
     SSL_set_num_tickets(ssl, o.tickets);
     if (o.min_version) SSL_set_min_proto_version(ssl, o.min_version);
     if (o.max_version) {
@@ -327,7 +387,8 @@ static bool send_all(SSL* ssl, const Octets& octets) {
 }
 
 // What a key does besides changing the answer. true: the connection is to go on.
-bool Upstream::Shared::misbehave(SSL* ssl, int fd, const std::string& key, const Octets& framed) {
+bool Upstream::Shared::misbehave(SSL* ssl, int fd, const std::string& key, int number,
+                                 const Octets& framed) {
     const size_t half = framed.size() / 2;
     if (key == "close") { SSL_shutdown(ssl); return false; }
     if (key == "reset") {
@@ -362,6 +423,17 @@ bool Upstream::Shared::misbehave(SSL* ssl, int fd, const std::string& key, const
         twice.insert(twice.end(), framed.begin(), framed.end());
         return send_all(ssl, twice);
     }
+    if (key == "before" || key == "stray") {  // an answer to another question
+        Octets other = framed;
+        other[2 + 13] ^= 1;
+        if (key == "before") return send_all(ssl, other) && send_all(ssl, framed);
+        return send_all(ssl, framed) && sleep(number) && send_all(ssl, other);
+    }
+    if (key == "renegotiate") {
+        SSL_renegotiate(ssl);
+        SSL_do_handshake(ssl);  // sends the request, and waits for nothing
+        return send_all(ssl, framed);
+    }
     if (key == "keyupdate") {
         SSL_key_update(ssl, SSL_KEY_UPDATE_REQUESTED);
         return send_all(ssl, framed);
@@ -382,6 +454,7 @@ bool Upstream::Shared::serve_query(SSL* ssl, int fd, const Octets& query) {
         Octets a = answer(query, question, "a", 0),
                framed{uint8_t(a.size() >> 8), uint8_t(a.size())};
         framed.insert(framed.end(), a.begin(), a.end());
+        { std::lock_guard lock(mutex); seen.answers.push_back(a); }
         send_all(ssl, {framed.begin(), framed.begin() + std::min<size_t>(number, framed.size())});
         return false;
     }
@@ -396,10 +469,11 @@ bool Upstream::Shared::serve_query(SSL* ssl, int fd, const Octets& query) {
     const Octets a = answer(query, question, key, number);
     Octets framed{uint8_t(a.size() >> 8), uint8_t(a.size())};
     framed.insert(framed.end(), a.begin(), a.end());
-    return misbehave(ssl, fd, key, framed);
+    { std::lock_guard lock(mutex); seen.answers.push_back(a); }
+    return misbehave(ssl, fd, key, number, framed);
 }
 
-void Upstream::Shared::serve(int fd) {
+void Upstream::Shared::serve(int fd, int number) {
     const Options o = now();
     const int one = 1;
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
@@ -419,6 +493,10 @@ void Upstream::Shared::serve(int fd) {
         }
         while (sleep(50)) {}
     }
+    if (o.accept == Options::Close) {  // what was not read would make it a reset
+        uint8_t hello[4096];
+        (void)!recv(fd, hello, sizeof hello, 0);
+    }
     if (o.accept == Options::Plaintext || o.accept == Options::Reset ||
         o.accept == Options::Close || o.accept == Options::Hang)
         return;
@@ -437,18 +515,32 @@ void Upstream::Shared::serve(int fd) {
             setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
         }
         Octets in;
+        size_t record = 0;
         uint8_t buffer[20000];
         bool go_on = o.accept == Options::Serve;
         if (!go_on) SSL_shutdown(ssl);
         while (go_on) {
+            errno = 0;
             const int n = SSL_read(ssl, buffer, sizeof buffer);
-            if (n <= 0) break;
-            if (in.empty()) { std::lock_guard lock(mutex); seen.records.push_back(size_t(n)); }
+            if (n <= 0) {
+                const bool idle = errno == EAGAIN;
+                const bool notified = SSL_get_error(ssl, n) == SSL_ERROR_ZERO_RETURN;
+                std::lock_guard lock(mutex);
+                if (notified) seen.notified++;
+                else if (!idle && !stopping) seen.torn++;
+                break;
+            }
+            if (in.empty()) record = size_t(n);
             in.insert(in.end(), buffer, buffer + n);
             while (go_on && in.size() >= 2 && in.size() >= 2u + u16(in, 0)) {
                 const Octets query(in.begin() + 2, in.begin() + 2 + u16(in, 0));
                 in.erase(in.begin(), in.begin() + 2 + u16(in, 0));
-                { std::lock_guard lock(mutex); seen.queries.push_back(query); }
+                {
+                    std::lock_guard lock(mutex);
+                    seen.queries.push_back(query);
+                    seen.records.push_back(record);
+                    seen.on.push_back(number);
+                }
                 go_on = serve_query(ssl, fd, query);
             }
         }
@@ -484,34 +576,46 @@ Upstream::Upstream(const Certificates& certificates, Options options)
     getsockname(fd, (sockaddr*)&v6, &size);
     port_ = ntohs(v4.sin_port);
     shared_->listener = fd;
-    acceptor_ = std::thread([shared = shared_, fd] {
+    acceptor_ = std::thread([shared = shared_.get(), fd] {
         for (;;) {
             const int client = accept4(fd, nullptr, nullptr, SOCK_CLOEXEC);
-            std::lock_guard lock(shared->mutex);
-            if (shared->stopping) {
-                if (client >= 0) close(client);
-                return;
-            }
-            if (client < 0) continue;
-            Seen& seen = shared->seen;
-            seen.connections++;
-            seen.most_open = std::max(seen.most_open, ++seen.open);
-            shared->fds.insert(client);
-            std::thread([shared, client] {
-                shared->serve(client);
+            std::vector<std::thread> done;
+            {
                 std::lock_guard lock(shared->mutex);
-                shared->fds.erase(client);
-                shared->seen.open--;
-                close(client);
-                shared->changed.notify_all();
-            }).detach();
+                if (shared->stopping) {
+                    if (client >= 0) close(client);
+                    return;
+                }
+                for (int number : shared->ended) {
+                    done.push_back(std::move(shared->threads[number]));
+                    shared->threads.erase(number);
+                }
+                shared->ended.clear();
+                if (client >= 0) shared->start(client);
+            }
+            for (auto& thread : done) thread.join();
         }
+    });
+}
+
+// With the mutex held.
+void Upstream::Shared::start(int fd) {
+    const int number = ++seen.connections;
+    seen.most_open = std::max(seen.most_open, ++seen.open);
+    fds.insert(fd);
+    threads[number] = std::thread([this, fd, number] {
+        serve(fd, number);
+        std::lock_guard lock(mutex);
+        fds.erase(fd);
+        seen.open--;
+        close(fd);
+        ended.push_back(number);
     });
 }
 
 Upstream::~Upstream() {
     {
-        std::unique_lock lock(shared_->mutex);
+        std::lock_guard lock(shared_->mutex);
         shared_->stopping = true;
         shutdown(shared_->listener, SHUT_RDWR);
         for (int fd : shared_->fds) shutdown(fd, SHUT_RDWR);
@@ -519,13 +623,16 @@ Upstream::~Upstream() {
     }
     acceptor_.join();
     close(shared_->listener);
-    {
-        std::lock_guard lock(shared_->mutex);
-        for (int fd : shared_->fds) shutdown(fd, SHUT_RDWR);
-    }
-    for (int i = 0; i < 20000 && shared_.use_count() > 1; i++) usleep(1000);  // each thread has one
-    usleep(5000);  // and then frees what OpenSSL keeps for it
+    for (auto& [number, thread] : shared_->threads) thread.join();
 }
+
+static Octets last_with(const std::vector<Octets>& all, int id) {
+    for (auto m = all.rbegin(); m != all.rend(); ++m)
+        if (m->size() >= 12 && u16(*m, 0) == id) return *m;
+    throw std::runtime_error("the upstream saw no message with the id " + std::to_string(id));
+}
+Octets Seen::query(int id) const { return last_with(queries, id); }
+Octets Seen::answer(int id) const { return last_with(answers, id); }
 
 Seen Upstream::seen() const {
     std::lock_guard lock(shared_->mutex);
