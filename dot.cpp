@@ -1,7 +1,7 @@
 // dot.cpp - how a query travels, in the order of the steps of dot.hpp.
 //
-// Messages (pure functions over octets) come first, then streams and framing, upstreams, TLS, and
-// last the Resolver, which puts them together. Nothing here knows of options, listeners or signals.
+// Messages (pure functions over octets) come first, then streams and framing, who may ask,
+// upstreams, TLS, and last the whole way. Nothing here knows of options, listeners or signals.
 #include "dot.hpp"
 
 #include <arpa/inet.h>
@@ -17,12 +17,14 @@
 #include <cstdarg>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <regex>
 #include <thread>
 
 namespace dot {
 
 using Lock = std::lock_guard<std::mutex>;
+Settings settings;
 
 std::string text(const char* format, ...) {
     char line[1024];
@@ -41,6 +43,89 @@ void say(const std::string& line) {
 
 double ms(Clock::duration time) { return std::chrono::duration<double, std::milli>(time).count(); }
 
+static std::mutex counting;  // guards what follows
+static std::map<std::string, int> counts{
+    {"udp", 0}, {"tcp", 0}, {"success", 0}, {"failure", 0}, {"denied", 0}, {"raced", 0},
+    {"race_won", 0}, {"dialled", 0}, {"ready", 0}, {"resumed", 0}};
+
+void count(std::string name, int more) {
+    std::replace(name.begin(), name.end(), ' ', '_');
+    Lock lock(counting);
+    counts[name] += more;
+}
+
+std::string totals() {
+    Lock lock(counting);
+    std::string line = "TOTALS";
+    for (auto& [name, number] : counts) line += " " + name + "=" + std::to_string(number);
+    return line;
+}
+
+// ---- What the user asked for -------------------------------------------------------------------
+
+std::string Address::str() const {
+    char name[INET6_ADDRSTRLEN] = "?";
+    inet_ntop(any.sa_family, octets(), name, sizeof name);
+    return text("%s@%d", name, ntohs(v4.sin_port));
+}
+
+int parse_number(const std::string& from, int least, int most, const std::string& what) {
+    const int number = std::regex_match(from, std::regex("[0-9]{1,9}")) ? std::stoi(from) : -1;
+    if (number >= least && number <= most) return number;
+    throw BadOption(what + " '" + from + text("' is not a number from %d to %d", least, most));
+}
+
+Address parse_address(const std::string& from, int default_port) {
+    const size_t at = from.find('@');
+    const std::string host = from.substr(0, at);
+    Address a;
+    const bool four = inet_pton(AF_INET, host.c_str(), &a.v4.sin_addr) == 1;
+    if (!four && inet_pton(AF_INET6, host.c_str(), &a.v6.sin6_addr) != 1)
+        throw BadOption("'" + host + "' is not an IP address");
+    a.any.sa_family = four ? AF_INET : AF_INET6;
+    const bool given = at != from.npos;
+    const int port = given ? parse_number(from.substr(at + 1), 1, 65535, "port") : default_port;
+    a.v4.sin_port = htons(uint16_t(port));  // at the same place in both
+    return a;
+}
+
+Prefix parse_prefix(const std::string& from) {
+    const size_t slash = from.find('/');
+    const Address address = parse_address(from.substr(0, slash), 0);
+    const int most = address.is_v4() ? 32 : 128;
+    const bool whole = slash == from.npos;
+    return {address, whole ? most : parse_number(from.substr(slash + 1), 0, most, "prefix length")};
+}
+
+std::vector<Peer> parse_upstream(const std::string& from) {
+    static const std::map<std::string, std::vector<const char*>> known{
+        {"cloudflare", {"cloudflare-dns.com", "1.1.1.1", "1.0.0.1", "2606:4700:4700::1111",
+                        "2606:4700:4700::1001"}},
+        {"google", {"dns.google", "8.8.8.8", "8.8.4.4", "2001:4860:4860::8888",
+                    "2001:4860:4860::8844"}},
+        {"quad9", {"dns.quad9.net", "9.9.9.9", "149.112.112.112", "2620:fe::fe", "2620:fe::9"}}};
+    std::vector<Peer> peers;
+    const auto alias = known.find(from);
+    for (size_t i = 1; alias != known.end() && i < alias->second.size(); i++)
+        peers.push_back({parse_address(alias->second[i], 853), alias->second[0], {}});
+    if (!peers.empty()) return peers;
+    // Not port 53, RFC 7858 3.1. A name with a letter, so that it is no IP address. The base64 of
+    // 32 octets is 43 digits and "=".
+    static const std::regex form(
+        "((?!.*@0*53#)[^#]*)#([\\w.-]*[A-Za-z][\\w.-]*)((,pin-sha256=[A-Za-z0-9+/]{43}=)*)");
+    std::smatch part;
+    if (!std::regex_match(from, part, form))
+        throw BadOption("'" + from + "' is not cloudflare, google, quad9 or ADDR[@PORT]#NAME[,pin-"
+                        "sha256=BASE64]..., with the NAME it must prove and another PORT than 53");
+    Peer peer{parse_address(part[1], 853), part[2], {}};
+    for (std::string pins = part[3]; !pins.empty(); pins = pins.substr(56)) {
+        uint8_t octets[33];  // the last one stands for the "="
+        EVP_DecodeBlock(octets, reinterpret_cast<const uint8_t*>(&pins[12]), 44);
+        peer.pins.emplace_back(octets, octets + 32);
+    }
+    return {peer};
+}
+
 // ---- Messages ----------------------------------------------------------------------------------
 // A message is a header, questions, and three sections of records (RFC 1035 4.1). The proxy has to
 // find two places in it, the end of the question and the OPT record, and leaves all else alone.
@@ -55,19 +140,18 @@ static void put16(Bytes& m, size_t at, size_t value) {
     m[at + 1] = uint8_t(value);
 }
 
+std::string type_name(int type) {
+    static const std::map<int, const char*> names{
+        {0, "-"}, {1, "A"}, {2, "NS"}, {5, "CNAME"}, {6, "SOA"}, {12, "PTR"}, {15, "MX"},
+        {16, "TXT"}, {28, "AAAA"}, {33, "SRV"}, {43, "DS"}, {48, "DNSKEY"}, {65, "HTTPS"},
+        {IXFR, "IXFR"}, {AXFR, "AXFR"}, {255, "ANY"}};
+    const auto known = names.find(type);
+    return known != names.end() ? known->second : text("TYPE%d", type);
+}
+
 std::string rcode_name(int rcode) {
     const char* names[] = {"NOERROR", "FORMERR", "SERVFAIL", "NXDOMAIN", "NOTIMP", "REFUSED"};
     return size_t(rcode) < std::size(names) ? names[rcode] : text("RCODE%d", rcode);
-}
-
-std::string type_name(int type) {
-    static const struct { int type; const char* name; } names[] = {
-        {0, "-"}, {1, "A"}, {2, "NS"}, {5, "CNAME"}, {6, "SOA"}, {12, "PTR"}, {15, "MX"},
-        {16, "TXT"}, {28, "AAAA"}, {33, "SRV"}, {43, "DS"}, {48, "DNSKEY"}, {65, "HTTPS"},
-        {251, "IXFR"}, {252, "AXFR"}, {255, "ANY"}};
-    for (auto& known : names)
-        if (known.type == type) return known.name;
-    return text("TYPE%d", type);
 }
 
 // Where the name at `at` ends; 0: it does not, or it is longer than RFC 1035 2.3.4 allows. A
@@ -84,7 +168,6 @@ static size_t skip_name(const Bytes& m, size_t at, bool pointers) {
 // What the OPT record from `start`, with its type at `type`, says of its sender, RFC 6891 6.1.
 static void parse_opt(const Bytes& m, size_t start, size_t type, size_t end, Layout& l) {
     if (l.edns) l.fault = "more than one OPT";
-    if (l.edns) return;
     l.edns = true;
     l.udp_size = size_t(u16(m, type + 2));
     l.dnssec_ok = m[type + 6] & 0x80;
@@ -92,9 +175,9 @@ static void parse_opt(const Bytes& m, size_t start, size_t type, size_t end, Lay
     l.opt_end = end;
     size_t at = type + 10;
     while (end <= m.size() && at + 4 <= end && at + 4 + u16(m, at + 2) <= end) {
-        const auto data = m.begin() + at + 4, data_end = data + u16(m, at + 2);
-        l.options.push_back({u16(m, at), {data, data_end}});
-        at += 4 + u16(m, at + 2);
+        const auto data = m.begin() + at + 4;
+        l.options.push_back({u16(m, at), {data, data + u16(m, at + 2)}});
+        at += 4 + l.options.back().data.size();
     }
     if (at != end || m[start] != 0) l.fault = "a malformed OPT";
 }
@@ -104,57 +187,46 @@ Layout parse(const Bytes& m) {
     if (m.size() < header_size) l.fault = "shorter than a header";
     for (int section = 0; section < 4 && !l.fault; section++) {
         for (int left = u16(m, 4 + 2 * section); left > 0 && !l.fault; left--) {
-            const size_t start = l.end, type = skip_name(m, start, section > 0);
-            l.end = type + (section ? 10 : 4);
-            if (!type || l.end > m.size()) l.fault = "a name or record does not parse";
-            if (l.fault && !section) l.question_end = header_size;  // not half of them
-            if (l.fault) return l;
-            if (section) l.end += u16(m, type + 8);
-            else l.question_end = l.end;
-            if (l.end > m.size()) l.fault = "a record is longer than the message";
-            if (section && u16(m, type) == OPT) parse_opt(m, start, type, l.end, l);
-            if (l.opt == start && section != 3) l.fault = "an OPT that is not additional";
-            const bool sig0 = u16(m, type) == SIG && l.end <= m.size() && l.end > type + 11 &&
-                              u16(m, type + 10) == 0;
-            l.is_signed = section == 3 && (sig0 || u16(m, type) == TSIG);
+            const size_t start = l.end, at = skip_name(m, start, section > 0);
+            l.end = at + (section ? 10 : 4);
+            const int type = at && l.end <= m.size() ? u16(m, at) : -1;
+            if (type >= 0 && section) l.end += u16(m, at + 8);
+            if (type == OPT && section) parse_opt(m, start, at, l.end, l);
+            if (type == OPT && section && section < 3) l.fault = "an OPT that is not additional";
+            if (type < 0 || l.end > m.size()) l.fault = "a name or record does not parse";
+            l.is_signed = section == 3 && (type == TSIG || type == SIG);
         }
+        if (section == 0 && !l.fault) l.question_end = l.end;
+        if (section == 0 && l.question_end > header_size) l.type = u16(m, l.question_end - 4);
     }
     return l;
 }
 
 static std::atomic<unsigned> queries{0};
 
-Query::Query(Bytes octets, bool tcp, int verbosity, int timeout)
+Query::Query(Bytes octets, bool tcp)
     : octets(std::move(octets)), layout(parse(this->octets)), tcp(tcp), number(++queries),
-      verbosity(verbosity), taken(Clock::now()), deadline(taken + milliseconds(timeout)) {}
+      taken(Clock::now()), deadline(taken + milliseconds(settings.timeout)) {}
 
-int Query::type() const {
-    return layout.question_end > header_size ? u16(octets, layout.question_end - 4) : 0;
-}
-
-void Query::print(int step, const std::string& what) const {
-    say(text("#%u [%d] %7.1f ms  ", number, step, ms(Clock::now() - taken)) + what);
-}
-
-void Query::show(const char* title, const Bytes& m) const {
-    if (verbosity < 2) return;
+void Query::tell(int step, const std::string& what, const Bytes& message) const {
+    if (settings.verbose == 0) return;
     std::string hex;
-    for (uint8_t octet : m) hex += text(" %02x", octet);
-    say(text("#%u     %s:", number, title) + hex);
+    for (uint8_t octet : message) hex += text(" %02x", octet);
+    if (settings.verbose == 1) hex.clear();
+    say(text("#%u [%d] %7.1f ms  ", number, step, ms(Clock::now() - taken)) + what + hex);
 }
 
 Verdict judge(const Query& query) {  // [2]
     const Bytes& m = query.octets;
     if (m.size() < header_size) return {silence, "shorter than a header"};
     if (m[2] & 0x80) return {silence, "an answer, not a query"};  // else a loop
-    const int opcode = m[2] >> 3 & 15, type = query.type();
-    if (opcode == 6)  // RFC 8490 9.4: a connection for each query cannot carry a session
-        return {NOTIMP, "DNS stateful operations are not proxied"};
+    const int opcode = m[2] >> 3 & 15, type = query.layout.type;
+    // RFC 8490 9.4: a connection for each query cannot carry a session.
+    if (opcode == 6) return {NOTIMP, "DNS stateful operations are not proxied"};
     if (query.layout.fault) return {FORMERR, query.layout.fault};
-    if (opcode == 0 && u16(m, 4) > 1)  // RFC 9619 4
-        return {FORMERR, "more than one question"};
-    if (opcode == 0 && (type == AXFR || type == IXFR))
-        return {NOTIMP, "zone transfers are not proxied"};
+    if (opcode == 0 && u16(m, 4) > 1) return {FORMERR, "more than one question"};  // RFC 9619 4
+    const bool transfer = opcode == 0 && (type == AXFR || type == IXFR);
+    if (transfer) return {NOTIMP, "zone transfers are not proxied"};
     return {forward, "to be forwarded"};
 }
 
@@ -166,41 +238,37 @@ static bool movable(const Bytes& m, size_t from) {
     return true;
 }
 
-// Puts `options` into the OPT of `m`, or into a new one behind its last record.
-static void set_options(Bytes& m, Layout& l, const std::vector<Option>& options, bool dnssec_ok) {
-    if (!l.opt) {
-        const uint8_t flags = dnssec_ok ? 0x80 : 0;
-        l.opt = m.size();
-        l.opt_end = l.opt + opt_size;
-        m.insert(m.end(), {0, 0, OPT, 1232 >> 8, 1232 & 255, 0, 0, flags, 0, 0, 0});
-        put16(m, arcount_at, u16(m, arcount_at) + 1);
+// Puts the options of `l` into the OPT of `m`, or into a new one behind its last record.
+static Bytes set_options(Bytes m, Layout& l) {
+    Bytes opt{0, 0, OPT, 1232 >> 8, 1232 & 255, 0, 0, uint8_t(l.dnssec_ok ? 0x80 : 0), 0, 0, 0};
+    if (l.opt) std::copy_n(m.begin() + l.opt, opt_size, opt.begin());
+    else put16(m, arcount_at, u16(m, arcount_at) + 1);
+    if (!l.opt) l.opt = l.opt_end = m.size();
+    for (auto& [code, data] : l.options) {
+        const Bytes framed = frame(data);  // an option's data has its length before it, too
+        opt.insert(opt.end(), {uint8_t(code >> 8), uint8_t(code)});
+        opt.insert(opt.end(), framed.begin(), framed.end());
     }
-    Bytes list;
-    for (auto& option : options) {
-        for (size_t v : {size_t(option.code), option.data.size()})
-            list.insert(list.end(), {uint8_t(v >> 8), uint8_t(v)});
-        list.insert(list.end(), option.data.begin(), option.data.end());
-    }
-    m.erase(m.begin() + l.opt + opt_size, m.begin() + l.opt_end);
-    m.insert(m.begin() + l.opt + opt_size, list.begin(), list.end());
-    l.opt_end = l.opt + opt_size + list.size();
-    put16(m, l.opt + opt_size - 2, list.size());
+    put16(opt, opt_size - 2, opt.size() - opt_size);
+    m.erase(m.begin() + l.opt, m.begin() + l.opt_end);
+    m.insert(m.begin() + l.opt, opt.begin(), opt.end());
+    l.opt_end = l.opt + opt.size();
+    return m;
 }
 
 Bytes pad(const Query& query) {  // [3]
     Layout l = query.layout;
-    Bytes m = query.octets;
+    const Bytes& q = query.octets;
     // RFC 8945 5.5: what is signed travels as it is. Behind octets that no count covers nothing
     // fits.
-    if (l.is_signed || l.end != m.size() || (l.opt && !movable(m, l.opt_end))) return m;
+    if (l.is_signed || l.end != q.size() || (l.opt && !movable(q, l.opt_end))) return q;
     std::erase_if(l.options, [](auto& o) { return o.code == padding; });  // the client's own
-    set_options(m, l, l.options, false);  // DO=0: a client without EDNS wants no signatures
-    const size_t rest = m.size() + 4;  // with the option's own header; it is the last, RFC 8467 3
-    const size_t missing = (padding_block - rest % padding_block) % padding_block;
-    if (rest + missing > longest_message) return query.octets;
-    l.options.push_back({padding, Bytes(missing)});
-    set_options(m, l, l.options, false);
-    return m;
+    l.options.push_back({padding, {}});  // the last, RFC 8467 3
+    // If there is no OPT, a new one with DO=0: a client without EDNS wants no signatures.
+    const Bytes bare = set_options(q, l);
+    const size_t missing = (128 - bare.size() % 128) % 128;  // RFC 8467 4.1
+    l.options.back().data.resize(missing);
+    return bare.size() + missing > longest_message ? q : set_options(bare, l);
 }
 
 bool matches(const Query& query, const Bytes& a, const Layout& l) {  // [7]
@@ -226,8 +294,7 @@ std::optional<Bytes> unpad(const Query& query, Bytes a, Layout l) {  // [7]
     if (!l.opt) return a;
     if (!movable(a, l.opt_end)) return std::nullopt;
     std::erase_if(l.options, [](auto& o) { return o.code == padding || o.code == keepalive; });
-    if (query.layout.edns) set_options(a, l, l.options, false);
-    if (query.layout.edns) return a;
+    if (query.layout.edns) return set_options(a, l);
     if (a[l.opt + 5] != 0) return std::nullopt;  // its low four bits alone are another rcode
     a.erase(a.begin() + l.opt, a.begin() + l.opt_end);
     put16(a, arcount_at, u16(a, arcount_at) - 1);
@@ -242,31 +309,27 @@ static Bytes head(const Bytes& m, const Layout& l) {
 }
 
 Bytes cut(const Query& query, Bytes a, size_t most_udp) {  // [8]
-    size_t limit = query.tcp ? longest_message : 512;
-    if (!query.tcp && query.layout.edns)  // RFC 6891 6.2.5: at least 512
-        limit = std::max<size_t>(512, std::min(query.layout.udp_size, most_udp));
+    const size_t udp = std::clamp<size_t>(query.layout.udp_size, 512, most_udp);  // RFC 6891 6.2.5
+    const size_t limit = query.tcp ? longest_message : udp;
     if (a.size() <= limit) return a;
-    Layout l = parse(a), none;
+    const Layout l = parse(a);
+    Layout own{.options = l.options, .dnssec_ok = query.layout.dnssec_ok};
     Bytes out = head(a, l);
     out[2] |= 0x02;  // TC
-    if (!query.layout.edns) return out;
     // RFC 6891 7: OPT stays. RFC 8914 3: its options go if there is no room for them.
-    if (out.size() + (l.opt_end - l.opt) > limit) l.options.clear();
-    set_options(out, none, l.options, query.layout.dnssec_ok);
-    if (l.opt) std::copy_n(a.begin() + l.opt, opt_size - 2, out.begin() + l.question_end);
-    return out;
+    if (out.size() + (l.opt_end - l.opt) > limit) own.options.clear();
+    return query.layout.edns ? set_options(out, own) : out;
 }
 
 Bytes reply(const Query& query, int rcode, int ede) {  // [8]
     Bytes out = head(query.octets, query.layout);
-    out[2] = uint8_t(0x80 | (out[2] & 0x79));  // opcode and RD stay
-    out[3] = uint8_t((rcode == SERVFAIL ? 0x80 | (out[3] & 0x10) : 0) | rcode);
+    out[2] = uint8_t(0x80 | (out[2] & 0x79) | (rcode == cut_short ? 0x02 : 0));  // opcode, RD stay
+    out[3] = uint8_t((rcode == SERVFAIL ? 0x80 | (out[3] & 0x10) : 0) | std::max(rcode, 0));
     if (out.size() == header_size) put16(out, 4, 0);  // no question, or one that does not parse
-    std::vector<Option> options;  // without a text, which could tell what is nobody's business
-    if (ede >= 0) options.push_back({error, {uint8_t(ede >> 8), uint8_t(ede)}});
-    Layout none;
-    if (query.layout.edns) set_options(out, none, options, query.layout.dnssec_ok);
-    return out;
+    Layout own{.dnssec_ok = query.layout.dnssec_ok};
+    // Without a text, which could tell what is nobody's business.
+    if (ede >= 0) own.options.push_back({error, {uint8_t(ede >> 8), uint8_t(ede)}});
+    return query.layout.edns ? set_options(out, own) : out;
 }
 
 // ---- Streams and framing -----------------------------------------------------------------------
@@ -301,81 +364,47 @@ std::optional<Bytes> read_frame(int fd, Time until) {
     return in;
 }
 
-std::string Address::str() const {
-    char name[INET6_ADDRSTRLEN] = "?";
-    const void* octets = any.sa_family == AF_INET ? (void*)&v4.sin_addr : (void*)&v6.sin6_addr;
-    inet_ntop(any.sa_family, octets, name, sizeof name);
-    return text("%s@%d", name, ntohs(v4.sin_port));
+// ---- Who may ask, and how much -----------------------------------------------------------------
+
+static bool within(const std::vector<Prefix>& list, const Address& one) {
+    return std::any_of(list.begin(), list.end(), [&](const Prefix& prefix) {
+        const uint8_t *a = prefix.address.octets(), *b = one.octets();
+        int bit = prefix.address.is_v4() == one.is_v4() ? 0 : 999;
+        while (bit < prefix.bits && !((a[bit / 8] ^ b[bit / 8]) & 0x80 >> bit % 8)) bit++;
+        return bit == prefix.bits;
+    });
 }
 
-int parse_number(const std::string& from, int least, int most, const std::string& what) {
-    const bool digits = !from.empty() && from.size() < 10 &&
-                        from.find_first_not_of("0123456789") == from.npos;
-    const int number = digits ? std::stoi(from) : -1;
-    if (number >= least && number <= most) return number;
-    throw BadOption(what + " '" + from + text("' is not a number from %d to %d", least, most));
-}
+bool may_ask(const Address& a) { return within(settings.allow, a) && !within(settings.deny, a); }
 
-Address parse_address(const std::string& from, int default_port) {
-    const size_t at = from.find('@');
-    const std::string host = from.substr(0, at);
-    Address a;
-    const bool four = inet_pton(AF_INET, host.c_str(), &a.v4.sin_addr) == 1;
-    if (!four && inet_pton(AF_INET6, host.c_str(), &a.v6.sin6_addr) != 1)
-        throw BadOption("'" + host + "' is not an IP address");
-    a.any.sa_family = four ? AF_INET : AF_INET6;
-    const bool given = at != from.npos;
-    const int port = given ? parse_number(from.substr(at + 1), 1, 65535, "port") : default_port;
-    a.v4.sin_port = htons(uint16_t(port));  // at the same place in both
-    return a;
+Bytes client_of(const Address& a) { return {a.octets(), a.octets() + (a.is_v4() ? 4 : 8)}; }
+
+bool over_rate(const Address& client) {
+    static std::mutex mutex;               // guards what follows
+    static std::map<Bytes, Time> buckets;  // when each is full again, and as good as none
+    if (settings.rate == 0) return false;
+    Lock lock(mutex);
+    // A flood from everywhere: rather may all ask a little more than is one locked out.
+    if (buckets.size() == 65536) buckets.clear();
+    Time &full = buckets[client_of(client)], now = Clock::now();
+    const Time then = std::max(full, now) + std::chrono::nanoseconds(1000000000 / settings.rate);
+    const bool over = then > now + seconds(1);  // a bucket holds one second's worth
+    if (!over) full = then;
+    return over;
 }
 
 // ---- Upstreams ---------------------------------------------------------------------------------
 
-std::vector<Peer> parse_upstream(const std::string& from) {
-    static const struct { const char *alias, *name, *addresses[4]; } known[] = {
-        {"cloudflare", "cloudflare-dns.com",
-         {"1.1.1.1", "1.0.0.1", "2606:4700:4700::1111", "2606:4700:4700::1001"}},
-        {"google", "dns.google",
-         {"8.8.8.8", "8.8.4.4", "2001:4860:4860::8888", "2001:4860:4860::8844"}},
-        {"quad9", "dns.quad9.net", {"9.9.9.9", "149.112.112.112", "2620:fe::fe", "2620:fe::9"}}};
-    std::vector<Peer> peers;
-    for (auto& resolver : known)
-        for (auto address : resolver.addresses)
-            if (from == resolver.alias)
-                peers.push_back({parse_address(address, 853), resolver.name, {}});
-    if (!peers.empty()) return peers;
-    // Not port 53, RFC 7858 3.1. A name with a letter, so that it is no IP address. The base64 of
-    // 32 octets is 43 digits and "=".
-    static const std::regex form(
-        "((?!.*@0*53#)[^#]*)#([\\w.-]*[A-Za-z][\\w.-]*)((,pin-sha256=[A-Za-z0-9+/]{43}=)*)");
-    std::smatch part;
-    if (!std::regex_match(from, part, form))
-        throw BadOption("'" + from + "' is not cloudflare, google, quad9 or ADDR[@PORT]#NAME[,pin-"
-                        "sha256=BASE64]..., with the NAME it must prove and another PORT than 53");
-    Peer peer{parse_address(part[1], 853), part[2], {}};
-    for (std::string pins = part[3]; !pins.empty(); pins = pins.substr(56)) {
-        uint8_t octets[33];  // the last one stands for the "="
-        EVP_DecodeBlock(octets, reinterpret_cast<const uint8_t*>(&pins[12]), 44);
-        peer.pins.emplace_back(octets, octets + 32);
-    }
-    return {peer};
-}
-
-Settings settings;
 // Set once, by prepare(), before the first thread starts.
 static std::vector<std::unique_ptr<struct Upstream>> upstreams;
 static SSL_CTX* ctx;
+static std::atomic<Time> asked{Time{}};  // when the last query came
 
 using Session = std::shared_ptr<SSL_SESSION>;
 using Connections = std::vector<std::shared_ptr<Connection>>;
 
-constexpr seconds longest_rest{300};       // RFC 9520 3.2: a failure is remembered 5 min at most
-constexpr long oldest_ticket = 7 * 86400;  // seconds, RFC 8446 4.6.1
 constexpr size_t most_tickets = 128, warm_stock = 2;  // ready connections, even if little is asked
-constexpr seconds warm_time{300};          // after the last query
 constexpr Clock::duration longest_idle = seconds(25), shortest_idle = seconds(1);
-constexpr Clock::duration least_wait = milliseconds(10);  // else races are about the scheduler
 
 // What was learnt of a peer, and the connections that are ready: a thread that has answered opens
 // the next one and parks it. So a query still has one that nobody used before, and waits for one
@@ -383,29 +412,31 @@ constexpr Clock::duration least_wait = milliseconds(10);  // else races are abou
 // and been acknowledged: a newer one would hold the answer up.
 struct Upstream : Peer {
     explicit Upstream(const Peer& peer) : Peer(peer) {}
-    std::atomic<int> group{0};  // the key exchange it chose last (an OpenSSL NID); 0: unknown
+    std::atomic<int> group{0};     // the key exchange it chose last (an OpenSSL NID); 0: unknown
+    std::atomic<int> failures{0};  // and no answer in between
 
     // Whether it may be asked now: it did not fail, or its time of rest is over. Then the caller is
     // the one who tries it: others are told no, for twice as long as before, or until it answers.
     bool available() {
         Lock lock(mutex_);
-        const Time now = Clock::now();
-        if (now < rest_until_) return false;
-        if (failures_) rest(now);
-        asked_ = now;
-        return true;
+        const bool rested = Clock::now() >= rest_until_;
+        if (rested && failures) rest();
+        return rested;
     }
 
     // Three points and no answer in between: it rests for 1 s, doubling to 5 min.
-    void blame(int points) {
+    void blame(int points, const std::string& why) {
         Lock lock(mutex_);
         points_ += points;
-        if (points_ >= 3 && Clock::now() >= rest_until_) rest(Clock::now());
+        if (points_ < 3 || Clock::now() < rest_until_) return;
+        if (failures == 0) say("UPSTREAM " + why + ": asked last until it answers");
+        rest();
     }
 
     void answered(Clock::duration took) {
         Lock lock(mutex_);
-        failures_ = points_ = 0;
+        if (failures > 0) say("UPSTREAM " + address.str() + " answers again");
+        failures = points_ = 0;
         rest_until_ = {};
         // One slow answer must not spoil the average.
         usual_ = usual_.count() ? usual_ + (std::min(took, 2 * usual_) - usual_) / 8 : took;
@@ -415,7 +446,8 @@ struct Upstream : Peer {
     Time patience(bool ready) {
         Lock lock(mutex_);
         if (!usual_.count()) return Clock::now() + milliseconds(250);  // RFC 8305 5
-        return Clock::now() + std::max(ready ? usual_ * 3 / 2 : usual_ * 5, least_wait);
+        // Less than 10 ms, and races are about the scheduler.
+        return Clock::now() + std::max(usual_ * (ready ? 3 : 10) / 2, Clock::duration(10000000));
     }
 
     void keep(Session ticket) {
@@ -427,16 +459,11 @@ struct Upstream : Peer {
     // For one use, RFC 8446 C.4; empty: there is none.
     Session ticket() {
         Lock lock(mutex_);
-        while (!tickets_.empty()) {
-            Session newest = std::move(tickets_.back());
-            tickets_.pop_back();
-            if (time(nullptr) - SSL_SESSION_get_time(newest.get()) >= oldest_ticket) continue;
-            // TLS 1.2 shows its ticket to every observer anyway, and seldom gives a new one.
-            if (SSL_SESSION_get_protocol_version(newest.get()) < TLS1_3_VERSION)
-                tickets_.push_back(newest);
-            return newest;
-        }
-        return nullptr;
+        if (tickets_.empty()) return nullptr;
+        Session newest(SSL_SESSION_dup(tickets_.back().get()), SSL_SESSION_free);
+        // TLS 1.2 shows its ticket to every observer anyway, and seldom gives a new one.
+        if (SSL_SESSION_get_protocol_version(newest.get()) >= TLS1_3_VERSION) tickets_.pop_back();
+        return newest;
     }
 
     // The oldest ready connection, which may have died; empty: there is none.
@@ -463,8 +490,9 @@ struct Upstream : Peer {
     bool tend();
 
 private:
-    void rest(Time now) {
-        rest_until_ = now + std::min(longest_rest, seconds(1 << std::min(failures_++, 9)));
+    void rest() {
+        // RFC 9520 3.2: a failure is remembered for a second at least, and 5 min at most.
+        rest_until_ = Clock::now() + std::min(seconds(300), seconds(1 << std::min(failures++, 9)));
     }
 
     std::mutex mutex_;  // guards all below
@@ -473,25 +501,26 @@ private:
     size_t opening_ = 0;
     Clock::duration idle_limit_ = longest_idle;  // learnt: how long it leaves a connection open
     Clock::duration usual_{};                    // until it answers; 0: unknown
-    int failures_ = 0, points_ = 0;
-    Time rest_until_{}, asked_{};  // asked_: the epoch, if never
+    int points_ = 0;
+    Time rest_until_{};
 };
 
 // ---- TLS ---------------------------------------------------------------------------------------
-// Every setting that decides whom the proxy trusts is in tls_context() and Connection().
+// Every setting that decides whom the proxy trusts is in prepare() and Connection::expect().
 
+// RFC 8446 4.6.1: a lifetime of 0 means discard it, and no server may say more than a week (when it
+// is over OpenSSL sees). TLS 1.2 need not say.
 static int keep_ticket(SSL* ssl, SSL_SESSION* session) {
+    const bool one_3 = SSL_SESSION_get_protocol_version(session) >= TLS1_3_VERSION;
+    const unsigned long lifetime = SSL_SESSION_get_ticket_lifetime_hint(session);
     Session ticket(SSL_SESSION_dup(session), SSL_SESSION_free);  // the connection keeps its own
-    if (SSL_SESSION_get_protocol_version(session) < TLS1_3_VERSION ||
-        SSL_SESSION_get_ticket_lifetime_hint(session) > 0)  // RFC 8446 4.6.1: 0 is to be discarded
+    if (!one_3 || (lifetime > 0 && lifetime <= 7 * 86400))
         static_cast<Upstream*>(SSL_get_app_data(ssl))->keep(std::move(ticket));
     return 0;  // nothing of the original is kept
 }
 
 void prepare() {
-    for (auto& one : settings.upstreams)
-        for (auto& peer : parse_upstream(one))
-            upstreams.push_back(std::make_unique<Upstream>(peer));
+    for (auto& peer : settings.upstreams) upstreams.push_back(std::make_unique<Upstream>(peer));
     ctx = SSL_CTX_new(TLS_client_method());
     SSL_CTX_set_min_proto_version(ctx, TLS1_2_VERSION);  // RFC 9325 3.1.1
     SSL_CTX_set_options(ctx, SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION);
@@ -513,15 +542,19 @@ void prepare() {
 // [4]-[6] One TCP and TLS connection, used by one thread at a time. Its socket does not block, so
 // that every wait is a poll(2) with the query's deadline, and one thread can wait for several.
 struct Connection {
-    // In the order in which they come. Idle: verified, and nothing to send yet.
-    enum Stage { Handshake, Idle, Send, Read, Done, Failed };
-
     // Begins to connect.
     explicit Connection(Upstream& to) : upstream(to), ssl(SSL_new(ctx), SSL_free) {
+        count("dialled");
         fd = socket(to.address.any.sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-        local = fd < 0 || !ssl || !SSL_set_fd(ssl.get(), fd) || !expect();
-        if (local) fail("cannot be dialled: no open files or memory left");
-        if (local) return;
+        bool done = fd >= 0 && ssl && SSL_set_fd(ssl.get(), fd) &&
+                    SSL_dane_enable(ssl.get(), to.name.c_str()) > 0;  // SNI, and the name to prove
+        // RFC 7858 4.2: a key of the verified chain, the server's own (usage 1) or one that signed
+        // it (0), must be a pin (selector 1: a key; type 1: its SHA-256), RFC 8310 6.4.
+        for (auto& pin : to.pins)
+            for (int usage : {0, 1})
+                done &= SSL_dane_tlsa_add(ssl.get(), usage, 1, 1, pin.data(), pin.size()) > 0;
+        if (!done) fail("cannot be dialled: no open files or memory left", 0);
+        if (!done) return;
         SSL_set_app_data(ssl.get(), &to);
         // The group that this server chose before goes first, else it asks for a second hello.
         int groups[] = {NID_X25519, NID_X9_62_prime256v1, NID_secp384r1, NID_secp521r1};
@@ -529,64 +562,63 @@ struct Connection {
         SSL_set1_groups(ssl.get(), groups, std::size(groups));
         if (Session ticket = to.ticket()) SSL_set_session(ssl.get(), ticket.get());
         set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
-        events = POLLOUT;
         if (connect(fd, &to.address.any, to.address.size()) && errno != EINPROGRESS)
-            fail(strerror(errno));
+            fail(strerror(errno), 3);
     }
 
     ~Connection() {
         // Without this OpenSSL takes the session for broken and never resumes it. RFC 8446 6.1.
-        if (verified && stage != Failed) SSL_shutdown(ssl.get());
+        if (verified && why_.empty()) SSL_shutdown(ssl.get());
         ERR_clear_error();  // a stale error would be taken for one of this thread's next connection
         if (fd >= 0) close(fd);
     }
 
-    // Goes on as far as it can without waiting, to Idle, Done or Failed at most.
-    Stage advance() {
-        ERR_clear_error();
-        int result = 1;
-        if (stage == Handshake) {  // [4]
-            if ((result = SSL_connect(ssl.get())) != 1) return again(result);
+    void send(const Query& query, const Bytes& message) {  // by advance()
+        query_ = &query;
+        ready = verified;
+        count("ready", ready);
+        if (ready) tell(4, how() + ", " + upstream.name + " was verified before");
+        out_ = frame(message);
+        in_.assign(2, 0);
+        have_ = 0;
+    }
+
+    // Goes on as far as it can without waiting. true: it has an answer, or without a query to send
+    // it is verified. false: it waits, or has failed.
+    bool advance() {
+        if (failed()) return false;
+        if (!verified) {  // [4]
+            if (!call([&] { return SSL_connect(ssl.get()); })) return false;
             verified = true;  // OpenSSL has judged the certificate, and the protocol chosen by ALPN
             since = Clock::now();
             upstream.group = int(SSL_get_negotiated_group(ssl.get()));
-            stage = Idle;
-            tell(4, [&] { return how() + ", " + upstream.name + " verified"; });
+            count("resumed", SSL_session_reused(ssl.get()));
+            tell(4, how() + ", " + upstream.name + " verified");
         }
-        if (stage == Idle && !out_.empty()) stage = Send;
-        if (stage == Send) {  // [5] RFC 7858 3.3: length and message together, in one record
-            result = SSL_write(ssl.get(), out_.data(), int(out_.size()));
-            if (result <= 0) return again(result);
+        if (!out_.empty()) {  // [5] RFC 7858 3.3: length and message together, in one record
+            if (!call([&] { return SSL_write(ssl.get(), out_.data(), int(out_.size())); }))
+                return false;
             // Else the tickets' acknowledgement, and with it the answer, is 40 ms late.
             set_option(fd, IPPROTO_TCP, TCP_QUICKACK, 1);
             since = Clock::now();
-            tell(5, [&] { return text("2 + %zu octets in one record", out_.size() - 2); });
+            tell(5, text("2 + %zu octets in one record", out_.size() - 2));
             out_.clear();
-            stage = Read;
         }
-        while (stage == Read) {  // [6] the length, then as many octets
-            result = SSL_read(ssl.get(), &in_[have_], int(in_.size() - have_));
-            if (result <= 0) return again(result);
-            have_ += size_t(result);
+        while (have_ < in_.size()) {  // [6] the length, then as many octets
+            const int got = call([&] {
+                return SSL_read(ssl.get(), &in_[have_], int(in_.size() - have_));
+            });
+            if (!got) return false;
+            have_ += size_t(got);
             if (have_ == 2) in_.resize(2 + size_t(u16(in_, 0)));
-            if (have_ == in_.size()) stage = Done;
         }
-        if (stage == Done) tell(6, [&] { return text("2 + %zu octets", in_.size() - 2); });
-        return stage;
+        tell(6, text("2 + %zu octets", in_.size() - 2));
+        return true;
     }
 
-    Bytes answer() const { return {in_.begin() + 2, in_.end()}; }  // when Done
+    Bytes answer() const { return {in_.begin() + 2, in_.end()}; }
 
-    void send(const Query& query, const Bytes& message) {  // when Idle or before
-        query_ = &query;
-        ready = stage == Idle;
-        out_ = frame(message);
-        in_.resize(2);
-        have_ = 0;
-        if (ready) tell(4, [&] { return how() + ", " + upstream.name + " was verified before"; });
-    }
-
-    bool alive() {  // when Idle: the other end has not closed it
+    bool alive() {  // when verified: the other end has not closed it
         uint8_t octet;
         ERR_clear_error();  // this also reads the tickets that have come
         return SSL_get_error(ssl.get(), SSL_peek(ssl.get(), &octet, 1)) == SSL_ERROR_WANT_READ;
@@ -597,60 +629,56 @@ struct Connection {
         return text("%s %s %s", SSL_get_version(ssl.get()), session, ready ? "ready" : "dialled");
     }
 
-    std::string trouble() const {  // why it Failed, or is late
-        const char* late = stage == Handshake ? "no TLS connection in time" : "no answer in time";
-        return upstream.address.str() + " " + (stage == Failed ? why_ : late);
+    bool failed() const { return !why_.empty(); }
+
+    std::string trouble() const {  // why it failed, or is late
+        const char* late = verified ? " no answer in time" : " no TLS connection in time";
+        return failed() ? why_ : upstream.address.str() + late;
     }
 
-    Stage fail(const std::string& why) {
-        tell(stage < Idle ? 4 : stage < Read ? 5 : stage < Done ? 6 : 7, [&] { return why; });
-        why_ = why;
-        return stage = Failed;
+    bool fail(const std::string& why, int points) {  // false, always
+        tell(!verified ? 4 : out_.empty() ? 6 : 5, why);
+        why_ = upstream.address.str() + " " + why;
+        upstream.blame(points, why_);
+        return false;
     }
 
     Upstream& upstream;
     const std::shared_ptr<SSL> ssl;
     int fd;
-    Stage stage = Handshake;
-    short events = 0;       // what advance() waits for, as of poll(2)
-    bool verified = false;  // the other end proved who it is
-    bool local = false;     // it failed for want of something here
-    bool ready = false;     // it was when the query came
-    Time since;             // when it became Idle, or its query was sent
+    short events = POLLOUT;  // what advance() waits for, as of poll(2)
+    bool verified = false;   // the other end proved who it is
+    bool ready = false;      // it was verified before the query came
+    Time since;              // when it was verified, or its query was sent
 
 private:
-    // SNI, the name, and RFC 7858 4.2: a key of the verified chain, the server's own (usage 1) or
-    // one that signed it (0), must be a pin (selector 1: a key; type 1: its SHA-256), RFC 8310 6.4.
-    bool expect() {
-        bool done = SSL_dane_enable(ssl.get(), upstream.name.c_str()) > 0;
-        for (auto& pin : upstream.pins)
-            for (int usage : {0, 1})
-                done &= SSL_dane_tlsa_add(ssl.get(), usage, 1, 1, pin.data(), pin.size()) > 0;
-        return done;
-    }
-
-    Stage again(int result) {  // after an OpenSSL call that did not succeed
-        const int error = errno, kind = SSL_get_error(ssl.get(), result);
+    // What the OpenSSL call returned; 0: it waits for `events`, or failed.
+    int call(auto operation) {
+        ERR_clear_error();
+        const int result = operation(), error = errno;
+        if (result > 0) return result;
+        const int kind = SSL_get_error(ssl.get(), result);
         events = kind == SSL_ERROR_WANT_WRITE ? POLLOUT : POLLIN;
-        if (kind == SSL_ERROR_WANT_READ || kind == SSL_ERROR_WANT_WRITE) return stage;
+        if (kind == SSL_ERROR_WANT_READ || kind == SSL_ERROR_WANT_WRITE) return 0;
         const long verdict = verified ? X509_V_OK : SSL_get_verify_result(ssl.get());
         const char* reason = ERR_reason_error_string(ERR_peek_error());
-        if (verdict == X509_V_ERR_HOSTNAME_MISMATCH)
-            return fail("certificate does not match " + upstream.name);
-        if (verdict == X509_V_ERR_DANE_NO_MATCH) return fail("certificate has no pinned key");
-        if (verdict) return fail(text("certificate: %s", X509_verify_cert_error_string(verdict)));
-        if (reason) return fail(text("TLS failed: %s", reason));
-        return fail(kind == SSL_ERROR_SYSCALL && error ? strerror(error) : "closed the connection");
+        const std::string why =
+            verdict == X509_V_ERR_HOSTNAME_MISMATCH ? "certificate does not match " + upstream.name
+            : verdict == X509_V_ERR_DANE_NO_MATCH ? "certificate has no pinned key"
+            : verdict ? text("certificate: %s", X509_verify_cert_error_string(verdict))
+            : reason ? text("TLS failed: %s", reason)
+            : kind == SSL_ERROR_SYSCALL && error ? strerror(error) : "closed the connection";
+        return fail(why, verified ? 0 : query_ ? 3 : 1);  // less, if no client waited
     }
 
-    void tell(int step, auto what) const {
-        if (query_) query_->tell(step, [&] { return upstream.address.str() + " " + what(); });
+    void tell(int step, const std::string& what) const {
+        if (query_) query_->tell(step, upstream.address.str() + " " + what);
     }
 
     const Query* query_ = nullptr;
     Bytes out_, in_;   // framed
     size_t have_ = 0;  // octets of in
-    std::string why_;
+    std::string why_;  // empty: it has not failed
 };
 
 // Drops those that are too old, or too many for how little is asked. true: one more is wanted.
@@ -660,7 +688,7 @@ bool Upstream::tend() {
         const Clock::duration age = now - oldest->since;
         const bool alive = oldest->alive();
         Lock lock(mutex_);
-        const bool late = age >= idle_limit_, busy = now < asked_ + seconds(5);
+        const bool late = age >= idle_limit_, busy = now < asked.load() + seconds(5);
         if (alive && !late && (busy || parked_.size() < warm_stock)) {
             parked_.push_front(std::move(oldest));
             break;
@@ -670,13 +698,11 @@ bool Upstream::tend() {
         if (alive && late) idle_limit_ = std::min(age * 6 / 5, longest_idle);
     }
     Lock lock(mutex_);
-    return asked_ != Time{} && now - asked_ < warm_time && failures_ == 0 &&
-           parked_.size() + opening_ < warm_stock;
+    // Five minutes after the last query nothing is kept warm any more.
+    return now < asked.load() + seconds(300) && parked_.size() + opening_ < warm_stock;
 }
 
 // ---- The whole way -----------------------------------------------------------------------------
-
-constexpr size_t most_tries = 3;  // RFC 9520 3.1
 
 // Whom to ask next: the first in the user's order that is well, rather not the one asked last.
 static Upstream* choose(const Upstream* last) {
@@ -690,45 +716,29 @@ static Upstream* choose(const Upstream* last) {
 constexpr int race_price = 10, race_burst = 20 * race_price;
 static std::atomic<int> race_budget{race_burst};
 
-static bool may_race() {
-    if (race_budget.fetch_sub(race_price) >= race_price) return true;
-    race_budget += race_price;
-    return false;
-}
-
 static std::shared_ptr<Connection> connect_to(Upstream& upstream) {
     while (auto ready = upstream.take())
         if (ready->alive()) return ready;
     return std::make_shared<Connection>(upstream);
 }
 
-// Takes a try as far as it goes. true: it ended, and the outcome is good or says why it is not.
-static bool ended(const Query& query, Connection& one, Outcome& outcome) {
-    if (one.advance() < Connection::Done) return false;
+// [7] Whether `one` has brought a good answer, which is the outcome then.
+static bool accept(const Query& query, Connection& one, Outcome& outcome) {
+    const Bytes answer = one.answer();
+    const Layout layout = parse(answer);
     std::optional<Bytes> clean;
-    if (one.stage == Connection::Done) {  // [7]
-        const Bytes answer = one.answer();
-        const Layout layout = parse(answer);
-        query.show("answer over TLS", answer);
-        if (matches(query, answer, layout)) clean = unpad(query, answer, layout);
-        if (!clean) one.fail("sent what is no answer to this query");
-        else query.tell(7, [&] { return text("%zu -> %zu octets", answer.size(), clean->size()); });
-    }
-    outcome.good = clean.has_value();
-    outcome.detail = clean ? one.upstream.name + " " + one.how() : one.trouble();
-    if (clean) {
-        outcome.octets = std::move(*clean);
-        one.upstream.answered(Clock::now() - one.since);
-    } else if (!one.verified && !one.local) {
-        one.upstream.blame(3);
-    }
+    if (matches(query, answer, layout)) clean = unpad(query, answer, layout);
+    if (!clean) return one.fail("sent what is no answer to this query", 0);
+    query.tell(7, text("%zu -> %zu octets", answer.size(), clean->size()), answer);
+    one.upstream.answered(Clock::now() - one.since);
+    outcome = {*clean, one.upstream.name + " " + one.how(), &one, std::move(outcome.tries)};
     return true;
 }
 
 static void wait_for(const Connections& tries, Time until) {
     std::vector<pollfd> waiting;
     for (auto& one : tries)
-        if (one->stage < Connection::Done) waiting.push_back({one->fd, one->events, 0});
+        if (!one->failed()) waiting.push_back({one->fd, one->events, 0});
     poll(waiting.data(), waiting.size(), time_left(until));
 }
 
@@ -739,43 +749,46 @@ static void ask(const Query& query, const Bytes& message, Outcome& outcome) {
     Upstream* last = nullptr;
     Time next_try{};
     size_t running = 0;
-    if (race_budget < race_burst) ++race_budget;
     for (Time now; (now = Clock::now()) < query.deadline;) {
         const bool late = running > 0 && now >= next_try;
-        const bool more = tries.size() < most_tries && (!running || (late && may_race()));
+        const bool race = late && race_budget >= race_price;
+        // RFC 9520 3.1: three at most.
+        const bool more = tries.size() < 3 && (!running || race);
         Upstream* const next = more ? choose(last) : nullptr;
         if (!running && !next) return;
-        if (late && next && next != last) last->blame(1);
+        if (late && next && next != last) last->blame(1, tries.back()->trouble());
+        if (late && next) race_budget -= race_price;
+        count("raced", late && next);
         if (next) {
             tries.push_back(connect_to(*(last = next)));
             tries.back()->send(query, message);
         }
         if (next || late) next_try = next ? next->patience(tries.back()->ready) : Time::max();
         running = 0;
-        for (auto& one : tries)
-            if (one->stage < Connection::Done && !ended(query, *one, outcome)) ++running;
-        if (outcome.good) return;
+        for (auto& one : tries) {
+            if (one->advance() && accept(query, *one, outcome))
+                return count("race_won", running > 0);
+            if (one->failed()) outcome.detail = one->trouble();
+            else ++running;
+        }
         if (running) wait_for(tries, std::min(query.deadline, next_try));
     }
     outcome.detail = tries.back()->trouble();
-    last->blame(1);
+    last->blame(1, outcome.detail);
 }
 
 Outcome resolve(const Query& query) {
     const Bytes message = pad(query);  // [3]
-    query.tell(3, [&] { return text("%zu -> %zu octets", query.octets.size(), message.size()); });
-    query.show("query over TLS", message);
-    Outcome outcome{{}, false, "every upstream failed a moment ago"};
+    query.tell(3, text("%zu -> %zu octets", query.octets.size(), message.size()), message);
+    Outcome outcome{{}, "every upstream failed a moment ago"};
+    asked = query.taken;
+    if (race_budget < race_burst) ++race_budget;
     ask(query, message, outcome);
-    if (!outcome.good) outcome.octets = reply(query, SERVFAIL, 23);  // EDE: Network Error
-    const size_t whole = outcome.octets.size();
+    if (!outcome.winner) outcome.octets = reply(query, SERVFAIL, 23);  // EDE: Network Error
     outcome.octets = cut(query, outcome.octets, size_t(settings.max_udp));  // [8]
-    query.tell(8, [&] {
-        const size_t size = outcome.octets.size();
-        const char* was_cut = size < whole ? ", cut, TC set" : "";
-        return rcode_name(outcome.octets[3] & 15) + text(", %zu octets%s", size, was_cut);
-    });
-    query.show("answer", outcome.octets);
+    const char* tc = outcome.octets[2] & 0x02 ? ", TC: there is more" : "";
+    const std::string rcode = rcode_name(outcome.octets[3] & 15);
+    query.tell(8, rcode + text(", %zu octets%s", outcome.octets.size(), tc), outcome.octets);
     return outcome;
 }
 
@@ -784,8 +797,8 @@ static void open(Upstream& upstream) {
     if (!upstream.reserve()) return;
     auto one = std::make_shared<Connection>(upstream);
     const Time until = Clock::now() + milliseconds(settings.timeout);
-    while (one->advance() < Connection::Idle && Clock::now() < until) wait_for({one}, until);
-    if (!one->verified && !one->local) upstream.blame(1);  // no client waited for it
+    while (!one->advance() && !one->failed() && Clock::now() < until) wait_for({one}, until);
+    if (!one->verified && !one->failed()) one->fail("no TLS connection in time", 1);
     upstream.park(one->verified ? one : nullptr);
 }
 
@@ -793,11 +806,7 @@ void restock(Outcome used) {
     for (auto& one : used.tries) {
         Upstream& upstream = one->upstream;
         int wanted = settings.reuse || !one->verified ? 0 : one->ready ? 1 : 2;  // a miss: one more
-        if (settings.reuse && one->stage == Connection::Done && upstream.reserve()) {
-            one->stage = Connection::Idle;
-            one->since = Clock::now();
-            upstream.park(one);
-        }
+        if (settings.reuse && one.get() == used.winner && upstream.reserve()) upstream.park(one);
         one.reset();
         while (wanted-- > 0) open(upstream);
         upstream.tend();  // reads the tickets of the next one now, and not while a client waits
@@ -805,9 +814,11 @@ void restock(Outcome used) {
 }
 
 void tend() {
-    for (;; std::this_thread::sleep_for(milliseconds(250)))
+    for (;; std::this_thread::sleep_for(milliseconds(250))) {
+        int warm = 2;  // the upstream that is asked, and the one that would be next
         for (auto& upstream : upstreams)
-            if (upstream->tend()) open(*upstream);
+            if (upstream->tend() && upstream->failures == 0 && warm-- > 0) open(*upstream);
+    }
 }
 
 }  // namespace dot

@@ -37,14 +37,58 @@ namespace dot {
 using Bytes = std::vector<uint8_t>;
 using Clock = std::chrono::steady_clock;  // the wall clock jumps; deadlines must not
 using Time = Clock::time_point;
-using std::chrono::milliseconds;
-using std::chrono::seconds;
+using std::chrono::milliseconds, std::chrono::seconds;
 using BadOption = std::invalid_argument;  // what the user asked for cannot be done: exit 2
 
 std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
 // Prints a line on stdout in one write(2), so that the lines of many threads do not mix.
 void say(const std::string& line);
 double ms(Clock::duration duration);
+// Adds to one of the totals, which the program prints as a line of name=value.
+void count(std::string name, int more = 1);
+std::string totals();
+
+// ---- What the user asked for ------------------------------------------------------------------
+
+// An IP address and port.
+union Address {
+    sockaddr any;
+    sockaddr_in v4;
+    sockaddr_in6 v6{};
+    socklen_t size() const { return is_v4() ? sizeof v4 : sizeof v6; }
+    std::string str() const;  // "1.1.1.1@853"
+    bool is_v4() const { return any.sa_family == AF_INET; }
+    const uint8_t* octets() const { return (const uint8_t*)&any + (is_v4() ? 4 : 8); }
+};
+Address parse_address(const std::string& from, int default_port);  // ADDR[@PORT]; throws BadOption
+// All of `from` as a number from `least` to `most`; throws BadOption that names `what`.
+int parse_number(const std::string& from, int least, int most, const std::string& what);
+
+// The addresses that begin with the same bits.
+struct Prefix { Address address; int bits; };
+Prefix parse_prefix(const std::string& from);  // ADDR[/BITS]; throws BadOption
+
+// One address of a resolver, and who it must prove to be.
+struct Peer {
+    Address address;
+    std::string name;         // must be in the certificate's SAN, RFC 8310 8.1
+    std::vector<Bytes> pins;  // if any, the SHA-256 of a key of its chain, RFC 7858 4.2
+};
+// cloudflare | google | quad9 | ADDR[@PORT]#NAME[,pin-sha256=BASE64]...; throws BadOption.
+std::vector<Peer> parse_upstream(const std::string& from);
+
+// Times in milliseconds, sizes in octets.
+struct Settings {
+    std::vector<Address> listen;
+    std::vector<Peer> upstreams;
+    std::vector<std::string> ca;  // files of the certificates to trust; none: the system's
+    std::vector<Prefix> allow, deny;
+    int rate = 0, queries = 512, timeout = 4000, ready = 64, max_udp = 1232, verbose = 0;
+    bool reuse = false, quiet = false;
+    int uid = -1, gid = -1;  // of whom to become; -1: who it is
+};
+extern Settings settings;  // set before the first thread starts
+void prepare();            // from the settings, before all below; throws BadOption
 
 // ---- Messages: pure functions over octets ------------------------------------------------------
 
@@ -54,17 +98,17 @@ std::string type_name(int type);
 
 constexpr size_t header_size = 12;         // RFC 1035 4.1.1
 constexpr size_t longest_message = 65535;  // two octets of length, RFC 1035 4.2.2
-constexpr size_t padding_block = 128;      // RFC 8467 4.1
 
 struct Option { int code; Bytes data; };  // of an OPT record, RFC 6891 6.1.2
 
 // Where the parts of a message are. Positions count octets from the message's start.
 struct Layout {
     const char* fault = nullptr;  // why it does not parse; nullptr: it does
+    int type = 0;                 // of the question
     size_t question_end = header_size;
     size_t opt = 0, opt_end = 0;  // the OPT record; 0: it has none
     size_t end = header_size;     // of the last record; the message may go on behind it
-    std::vector<Option> options;  // of that record
+    std::vector<Option> options;  // of the OPT record
     bool edns = false;            // an OPT was seen, even if a faulty one
     bool dnssec_ok = false;       // its DO bit
     size_t udp_size = 512;        // the longest UDP answer its sender takes
@@ -74,26 +118,21 @@ Layout parse(const Bytes& message);
 
 // One query on its way. Made in step [1]; owned by the one thread that carries it.
 struct Query {
-    Query(Bytes octets, bool tcp, int verbosity, int timeout);  // milliseconds
-    int type() const;                                          // of the question; 0: there is none
-    void tell(int step, auto what) const { if (verbosity) print(step, what()); }  // of the story
-    void print(int step, const std::string& what) const;
-    void show(const char* title, const Bytes& message) const;  // the octets, if they are wanted
+    Query(Bytes octets, bool tcp);  // its deadline is the settings' timeout from now
+    // A line of the story, with -v; and with -vv the message's octets.
+    void tell(int step, const std::string& what, const Bytes& message = {}) const;
 
     const Bytes octets;
     const Layout layout;
     const bool tcp;
     const unsigned number;  // tells the lines of concurrent queries apart
-    const int verbosity;    // 0: say nothing, 1: the story of the eight steps, 2: the octets too
     const Time taken, deadline;
 };
 
-// [2] What to do with a query: forward it, or answer with an rcode at once, or keep silent.
-constexpr int forward = -1, silence = -2;
-struct Verdict {
-    int rcode;  // or one of these two
-    const char* why;
-};
+// [2] What to do with a query: forward it, or answer at once with an rcode, or with TC and nothing
+// else, which makes a client come back over TCP; or keep silent.
+constexpr int forward = -1, silence = -2, cut_short = -3;
+struct Verdict { int rcode; const char* why; };
 Verdict judge(const Query& query);
 
 // [3] The query padded to a multiple of 128 octets (RFC 7830, RFC 8467 4.1). A client's own padding
@@ -125,45 +164,23 @@ std::optional<Bytes> read_frame(int fd, Time until);
 
 void set_option(int fd, int level, int option, int value);  // a socket's; as setsockopt(2)
 
-// An IP address and port.
-union Address {
-    sockaddr any;
-    sockaddr_in v4;
-    sockaddr_in6 v6{};
-    socklen_t size() const { return any.sa_family == AF_INET ? sizeof v4 : sizeof v6; }
-    std::string str() const;  // "1.1.1.1@853"
-};
-Address parse_address(const std::string& from, int default_port);  // ADDR[@PORT]; throws BadOption
-// All of `from` as a number from `least` to `most`; throws BadOption that names `what`.
-int parse_number(const std::string& from, int least, int most, const std::string& what);
+// ---- Who may ask, and how much -----------------------------------------------------------------
+
+// Whoever is in one of --allow's prefixes and in none of --deny's.
+bool may_ask(const Address& client);
+// A client: an IPv4 address, or an IPv6 network of 64 bits, which is what one host is given.
+Bytes client_of(const Address& address);
+// Whether this query is one too many for its client, with --rate.
+bool over_rate(const Address& client);
 
 // ---- The whole way -----------------------------------------------------------------------------
 
-// One address of a resolver, and who it must prove to be.
-struct Peer {
-    Address address;
-    std::string name;         // must be in the certificate's SAN, RFC 8310 8.1
-    std::vector<Bytes> pins;  // if any, the SHA-256 of a key of its chain, RFC 7858 4.2
-};
-// cloudflare | google | quad9 | ADDR[@PORT]#NAME[,pin-sha256=BASE64]...; throws BadOption.
-std::vector<Peer> parse_upstream(const std::string& from);
-
-// What the user asked for. Times in milliseconds, sizes in octets.
-struct Settings {
-    std::vector<std::string> listen, upstreams;
-    std::vector<std::string> ca;  // files of the certificates to trust; none: the system's
-    int queries = 512, timeout = 4000, ready = 64, max_udp = 1232, verbose = 0;
-    bool reuse = false, quiet = false;
-};
-extern Settings settings;  // set before the first thread starts
-void prepare();            // from the settings, before all below; throws BadOption
-
 struct Connection;  // over TCP and TLS, to an upstream
 struct Outcome {
-    Bytes octets;        // for the client
-    bool good = false;   // the resolver answered
-    std::string detail;  // how, or why not
-    std::vector<std::shared_ptr<Connection>> tries{};  // what was used; for restock()
+    Bytes octets;                          // for the client
+    std::string detail;                    // how the resolver answered, or why not
+    const Connection* winner = nullptr;    // it brought the answer; nullptr: there is none
+    std::vector<std::shared_ptr<Connection>> tries{};  // all that were used; for restock()
 };
 Outcome resolve(const Query& query);  // steps [3] to [8]; by any thread
 void restock(Outcome used);           // after the answer: connections in place of those used

@@ -3,14 +3,15 @@
 // One thread for each UDP socket, one for each TCP listener, one for each TCP client, and a
 // detached one for each query. The main thread waits for signals. Slots bound what strangers start.
 #include <getopt.h>
+#include <grp.h>
 #include <malloc.h>
 #include <netinet/tcp.h>
+#include <pwd.h>
 #include <semaphore.h>
-#include <sys/resource.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 
 #include <csignal>
-#include <cstdio>
 #include <functional>
 #include <mutex>
 #include <thread>
@@ -19,61 +20,73 @@
 
 using namespace dot;
 
-const Settings defaults{{"127.0.0.1@53", "::1@53"}, {"cloudflare"}, {}};
-
 constexpr seconds idle_limit{10};  // for a TCP client to send a whole query, RFC 7766 6.2.3
-constexpr seconds grace{3};        // for the queries in flight when the program is to end
-constexpr int most_clients = 256;  // TCP
-constexpr int most_queries_of_client = 32;  // in flight, on one TCP connection
 
 // ---- Options -----------------------------------------------------------------------------------
 
-static void print_help() {
-    printf(R"(dot-proxy [options]
-  -l, --listen ADDR[@PORT]     where to listen, UDP and TCP; repeatable        [%s %s]
-  -u, --upstream UPSTREAM      whom to ask, in this order; repeatable          [%s]
+constexpr char help[] = R"(dot-proxy [options]
+  -l, --listen ADDR[@PORT]     where to listen, UDP and TCP; repeatable        [127.0.0.1@53 ::1@53]
+  -u, --upstream UPSTREAM      whom to ask, in this order; repeatable          [cloudflare]
                                cloudflare | google | quad9, or ADDR[@PORT]#NAME[,pin-sha256=BASE64]...
   -c, --ca FILE                certificates to trust                           [the system's]
+  -a, --allow PREFIX           who may ask; repeatable                         [loopback and private networks]
+  -d, --deny PREFIX            who may not, even if allowed; repeatable
+  -r, --rate N                 queries a second for one client (IPv6: one /64) [%d: no limit]
   -n, --queries N              queries in flight at most                       [%d]
   -t, --timeout MS             for a whole query                               [%d]
   -k, --ready N                ready connections kept for an upstream at most  [%d], 0: open one when asked
   -R, --reuse                  use a connection for more than one query
   -m, --max-udp N              longest UDP answer, octets                      [%d]
+  -U, --user NAME|UID          become this user once the sockets are open
   -q, --quiet                  no line per query
   -v, --verbose                the eight steps of every query; -vv adds the octets, annotated
   -h, --help   -V, --version
-)", defaults.listen[0].c_str(), defaults.listen[1].c_str(), defaults.upstreams[0].c_str(),
-           defaults.queries, defaults.timeout, defaults.ready, defaults.max_udp);
+)";
+
+// A user's uid and gid; throws BadOption.
+static std::pair<int, int> parse_user(const char* name) {
+    if (const passwd* known = getpwnam(name)) return {known->pw_uid, known->pw_gid};
+    const int uid = parse_number(name, 0, INT_MAX, "no such user, and uid");
+    return {uid, uid};
 }
 
 // Throws BadOption; of unknown options getopt itself tells.
 static Settings parse_options(int argc, char** argv) {
     static const option words[] = {
         {"listen", 1, nullptr, 'l'}, {"upstream", 1, nullptr, 'u'}, {"ca", 1, nullptr, 'c'},
+        {"allow", 1, nullptr, 'a'}, {"deny", 1, nullptr, 'd'}, {"rate", 1, nullptr, 'r'},
         {"queries", 1, nullptr, 'n'}, {"timeout", 1, nullptr, 't'}, {"ready", 1, nullptr, 'k'},
-        {"reuse", 0, nullptr, 'R'}, {"max-udp", 1, nullptr, 'm'}, {"quiet", 0, nullptr, 'q'},
-        {"verbose", 0, nullptr, 'v'}, {"help", 0, nullptr, 'h'}, {"version", 0, nullptr, 'V'}, {}};
-    Settings s;
-    for (int c; (c = getopt_long(argc, argv, "l:u:c:n:t:k:Rm:qvhV", words, nullptr)) != -1;) {
+        {"reuse", 0, nullptr, 'R'}, {"max-udp", 1, nullptr, 'm'}, {"user", 1, nullptr, 'U'},
+        {"quiet", 0, nullptr, 'q'}, {"verbose", 0, nullptr, 'v'}, {"help", 0, nullptr, 'h'},
+        {"version", 0, nullptr, 'V'}, {}};
+    Settings s, d;  // d: the defaults
+    for (int c; (c = getopt_long(argc, argv, "l:u:c:a:d:r:n:t:k:Rm:U:qvhV", words, nullptr)) != -1;)
         switch (c) {
-            case 'l': s.listen.push_back(optarg); break;
-            case 'u': s.upstreams.push_back(optarg); break;
+            case 'l': s.listen.push_back(parse_address(optarg, 53)); break;
+            case 'u': for (auto& peer : parse_upstream(optarg)) s.upstreams.push_back(peer); break;
             case 'c': s.ca.push_back(optarg); break;
+            case 'a': s.allow.push_back(parse_prefix(optarg)); break;
+            case 'd': s.deny.push_back(parse_prefix(optarg)); break;
+            case 'r': s.rate = parse_number(optarg, 0, 1000000, "--rate"); break;
             case 'n': s.queries = parse_number(optarg, 1, 10000, "--queries"); break;
             case 't': s.timeout = parse_number(optarg, 1, 60000, "--timeout"); break;
             case 'k': s.ready = parse_number(optarg, 0, 1000, "--ready"); break;
             case 'm': s.max_udp = parse_number(optarg, 512, 65535, "--max-udp"); break;
+            case 'U': std::tie(s.uid, s.gid) = parse_user(optarg); break;
             case 'R': s.reuse = true; break;
             case 'q': s.quiet = true; break;
             case 'v': ++s.verbose; break;
-            case 'h': print_help(); exit(0);
+            case 'h': printf(help, d.rate, d.queries, d.timeout, d.ready, d.max_udp); exit(0);
             case 'V': puts("dot-proxy 0.1"); exit(0);
             default: throw BadOption("");
         }
-    }
     if (optind < argc) throw BadOption(text("unexpected argument '%s'", argv[optind]));
-    if (s.listen.empty()) s.listen = defaults.listen;
-    if (s.upstreams.empty()) s.upstreams = defaults.upstreams;
+    if (s.upstreams.empty()) s.upstreams = parse_upstream("cloudflare");
+    if (s.listen.empty()) s.listen = {parse_address("127.0.0.1", 53), parse_address("::1", 53)};
+    if (!s.allow.empty()) return s;
+    for (auto prefix : {"127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16",
+                        "169.254.0.0/16", "::1", "fc00::/7", "fe80::/10"})
+        s.allow.push_back(parse_prefix(prefix));
     return s;
 }
 
@@ -81,7 +94,7 @@ static Settings parse_options(int argc, char** argv) {
 
 // A bound socket, for the life of the process. Throws system_error that says what to do.
 static int open_listener(const Address& address, int type) {
-    const bool tcp = type == SOCK_STREAM, six = address.any.sa_family == AF_INET6;
+    const bool tcp = type == SOCK_STREAM, six = !address.is_v4();
     const int fd = socket(address.any.sa_family, type | SOCK_CLOEXEC, 0);
     if (tcp) set_option(fd, SOL_SOCKET, SO_REUSEADDR, 1);
     else set_option(fd, SOL_SOCKET, SO_RCVBUF, 1 << 20);
@@ -91,6 +104,8 @@ static int open_listener(const Address& address, int type) {
     const bool bound = bind(fd, &address.any, address.size()) == 0;
     if (bound && (!tcp || listen(fd, SOMAXCONN) == 0)) return fd;
     const int error = fd < 0 ? EAFNOSUPPORT : errno, port = ntohs(address.v4.sin_port);
+    const bool none = six && (error == EAFNOSUPPORT || error == EADDRNOTAVAIL);
+    if (none && settings.listen.size() > 1) return -1;  // a host without IPv6 is served without it
     const char* fault = error == EADDRINUSE ? "taken" : error == EACCES ? "not allowed" : "no use";
     throw std::system_error(error, std::generic_category(), text(
         "port %d is %s; try --listen 127.0.0.1@5300", port, fault));
@@ -109,7 +124,6 @@ static Permit take_slot(sem_t& slots, bool wait) {  // empty: there is none now
 
 static sem_t query_slots, client_slots;
 static std::atomic<bool> stopping{false};
-static std::atomic<unsigned> taken[2], ended[2];  // over UDP and TCP; badly and well
 
 // No thread can end the process, even if memory runs out.
 static void guard(auto work) try {
@@ -126,114 +140,116 @@ static bool detach(auto work) try {
     return false;
 }
 
-using Send = std::function<void(const Bytes&)>;  // an answer to its client, by any thread
+// Who asks, and the way back: over UDP for one query, over TCP for as many as it sends.
+struct Client {
+    void answer(const Bytes& message) {
+        Bytes octets = tcp ? frame(message) : message;
+        iovec whole{octets.data(), octets.size()};
+        std::lock_guard lock(writing);
+        header.msg_iov = &whole;
+        header.msg_iovlen = 1;
+        // UDP may lose an answer, as when a buffer is full: the client asks again. A TCP client
+        // that is gone, or does not read, loses its stream.
+        const ssize_t sent = sendmsg(fd, &header, tcp ? MSG_NOSIGNAL : MSG_DONTWAIT);
+        if (tcp && sent != ssize_t(octets.size())) shutdown(fd, SHUT_RDWR);
+    }
 
-static bool finish(const Query& query, const Send& send, const Outcome& outcome) {
-    ++ended[outcome.good];
-    send(outcome.octets);
+    ~Client() { if (tcp) close(fd); }
+
+    const bool tcp;
+    const int fd;
+    Address address{};
+    Permit permit{};                      // of a TCP client
+    alignas(cmsghdr) char control[64]{};  // which of our addresses was asked over UDP
+    msghdr header{};
+    std::mutex writing{};  // guards the order of octets to fd
+};
+
+static bool finish(const Query& query, Client& client, const Outcome& outcome) {
+    const std::string rcode = rcode_name(outcome.octets[3] & 15);
+    client.answer(outcome.octets);
+    count(rcode);
+    count(outcome.winner ? "success" : "failure");
+    if (!outcome.winner) count("failure:" + outcome.detail);
     if (settings.quiet) return true;
-    say(text("%s %s %s %s %zu octets %.1f ms%s %s", outcome.good ? "SUCCESS" : "FAILURE",
-             query.tcp ? "tcp" : "udp", type_name(query.type()).c_str(),
-             rcode_name(outcome.octets[3] & 15).c_str(), outcome.octets.size(),
-             ms(Clock::now() - query.taken), outcome.good ? "" : ":", outcome.detail.c_str()));
+    say(text("%s %s %s %s %zu octets %.1f ms%s %s", outcome.winner ? "SUCCESS" : "FAILURE",
+             query.tcp ? "tcp" : "udp", type_name(query.layout.type).c_str(), rcode.c_str(),
+             outcome.octets.size(), ms(Clock::now() - query.taken), outcome.winner ? "" : ":",
+             outcome.detail.c_str()));
     return true;
 }
 
 // [1] and [2] in the thread that received the query; the other steps in one of their own.
 // false: there will be no answer.
-static bool take(Bytes octets, bool tcp, const Send& send) {
+static bool take(Bytes octets, const std::shared_ptr<Client>& client) {
     if (stopping) return false;
-    ++taken[tcp];
-    auto query = std::make_shared<Query>(std::move(octets), tcp, settings.verbose,
-                                         settings.timeout);
+    const bool tcp = client->tcp;
+    count(tcp ? "tcp" : "udp");
+    auto query = std::make_shared<Query>(std::move(octets), tcp);
     const char* transport = tcp ? "TCP" : "UDP";
-    query->tell(1, [&] { return text("%zu octets over %s", query->octets.size(), transport); });
-    query->show("query", query->octets);
-    const Verdict verdict = judge(*query);
-    query->tell(2, [&] { return verdict.why; });
+    query->tell(1, text("%zu octets over %s", query->octets.size(), transport), query->octets);
+    Verdict verdict = judge(*query);
+    if (verdict.rcode != silence && over_rate(client->address))
+        verdict = {tcp ? REFUSED : cut_short, "over the rate"};  // nobody gets more than was sent
+    query->tell(2, verdict.why);
     if (verdict.rcode == silence) return false;
     if (verdict.rcode != forward)
-        return finish(*query, send, {reply(*query, verdict.rcode), false, verdict.why});
+        return finish(*query, *client, {reply(*query, verdict.rcode), verdict.why});
     // A TCP client can wait, and then sends no more. A UDP query is never silently lost.
     Permit permit = take_slot(query_slots, tcp);
-    if (permit && detach([query, send, permit = std::move(permit)]() mutable {
+    if (permit && detach([query, client, permit = std::move(permit)]() mutable {
             Outcome outcome = resolve(*query);
-            finish(*query, send, outcome);
+            finish(*query, *client, outcome);
             permit.reset();
             restock(std::move(outcome));
         }))
         return true;
-    return finish(*query, send, {reply(*query, SERVFAIL, 0), false, "too many queries in flight"});
+    return finish(*query, *client, {reply(*query, SERVFAIL, 0), "too many queries in flight"});
 }
-
-// Where a UDP query came from, and in `control` which of our addresses it asked.
-struct Sender {
-    sockaddr_storage address;
-    alignas(cmsghdr) char control[64];
-    msghdr header;
-};
 
 static void serve_udp(int fd) {
     for (Bytes buffer(longest_message);;) {
-        auto sender = std::make_shared<Sender>();
+        std::shared_ptr<Client> client(new Client{false, fd});
         iovec octets{buffer.data(), buffer.size()};
-        sender->header = {&sender->address, sizeof sender->address, &octets, 1,
-                          sender->control, sizeof sender->control, 0};
-        const ssize_t size = recvmsg(fd, &sender->header, 0);
+        client->header = {&client->address, sizeof client->address, &octets, 1,
+                          client->control, sizeof client->control, 0};
+        const ssize_t size = recvmsg(fd, &client->header, 0);
         if (size < 0) continue;  // an ICMP error for an answer sent before; nothing to do
-        take({buffer.begin(), buffer.begin() + size}, false, [fd, sender](Bytes answer) {
-            iovec octets{answer.data(), answer.size()};
-            sender->header.msg_iov = &octets;
-            // UDP may lose an answer, as when a buffer is full: the client asks again.
-            (void)!sendmsg(fd, &sender->header, MSG_DONTWAIT);
-        });
-    }
-}
-
-struct TcpClient {
-    TcpClient(int fd, Permit permit) : fd(fd), permit(std::move(permit)) {}
-    ~TcpClient() { close(fd); }
-    const int fd;
-    const Permit permit;
-    sem_t in_flight;     // slots
-    std::mutex writing;  // guards the order of octets to fd
-};
-
-static void serve_client(const std::shared_ptr<TcpClient>& client) {
-    while (auto message = read_frame(client->fd, Clock::now() + idle_limit)) {
-        sem_wait(&client->in_flight);
-        const bool in_step = take(std::move(*message), true, [client](const Bytes& answer) {
-            const Bytes framed = frame(answer);
-            std::lock_guard lock(client->writing);
-            const ssize_t sent = send(client->fd, framed.data(), framed.size(), MSG_NOSIGNAL);
-            if (sent != ssize_t(framed.size()))
-                shutdown(client->fd, SHUT_RDWR);  // gone, or it does not read: this stream is cut
-            sem_post(&client->in_flight);
-        });
-        if (!in_step) return;
+        count("denied", !may_ask(client->address));
+        if (may_ask(client->address)) take({buffer.begin(), buffer.begin() + size}, client);
     }
 }
 
 static void serve_tcp(int listener) {
     for (;;) {
         Permit permit = take_slot(client_slots, true);  // until then they wait in the backlog
-        const int fd = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC);
+        Address from;
+        socklen_t size = sizeof from;
+        const int fd = accept4(listener, &from.any, &size, SOCK_CLOEXEC);
         if (fd < 0) {  // out of open files, say: others will be closed
             std::this_thread::sleep_for(milliseconds(20));
             continue;
         }
-        auto client = std::make_shared<TcpClient>(fd, std::move(permit));
-        sem_init(&client->in_flight, 0, most_queries_of_client);
+        std::shared_ptr<Client> client(new Client{true, fd, from, std::move(permit)});
+        count("denied", !may_ask(from));
+        if (!may_ask(from)) continue;
         const timeval limit{idle_limit.count(), 0};  // on Linux, for one whole send()
         setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
         set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
-        detach([client] { serve_client(client); });
+        detach([client] {
+            while (auto message = read_frame(client->fd, Clock::now() + idle_limit))
+                if (!take(std::move(*message), client)) return;
+        });
     }
 }
 
-static void print_totals() {
-    say(text("TOTALS udp=%u tcp=%u success=%u failure=%u", taken[0].load(), taken[1].load(),
-             ended[true].load(), ended[false].load()));
+// Gives up root's rights for good, and those that a program could bring; throws.
+static void become(uid_t uid, gid_t gid) {
+    const bool same = geteuid() == uid;
+    if (!same && (setgroups(0, nullptr) || setresgid(gid, gid, gid) || setresuid(uid, uid, uid)))
+        throw std::system_error(errno, std::generic_category(), text("cannot become user %u", uid));
+    if (uid != 0 && setuid(0) == 0) throw std::runtime_error("root's rights can be had back");
+    prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
 }
 
 // ---- main --------------------------------------------------------------------------------------
@@ -245,36 +261,25 @@ static int run() {
     signal(SIGPIPE, SIG_IGN);
     mallopt(M_ARENA_MAX, 2);  // glibc would keep eight for each core, each as large as its peak
     prepare();
-    std::vector<Address> addresses;
-    for (auto& one : settings.listen) addresses.push_back(parse_address(one, 53));
-    rlimit files{};
-    getrlimit(RLIMIT_NOFILE, &files);
-    files.rlim_cur = files.rlim_max;
-    setrlimit(RLIMIT_NOFILE, &files);  // if it fails, there are as many as there were
-    std::vector<int> udp, tcp;
-    for (auto& address : addresses) try {
-        udp.push_back(open_listener(address, SOCK_DGRAM));
-        tcp.push_back(open_listener(address, SOCK_STREAM));
-    } catch (const std::system_error& e) {  // a host without IPv6 is served without it
-        const int error = e.code().value();
-        const bool none = error == EAFNOSUPPORT || error == EADDRNOTAVAIL;
-        if (!none || address.any.sa_family != AF_INET6 || addresses.size() == 1) throw;
-        say("no IPv6 here: " + address.str() + " is left out");
-    }
+    std::vector<std::pair<int, int>> listeners;  // and their types
+    for (auto& address : settings.listen)
+        for (int type : {SOCK_DGRAM, SOCK_STREAM})
+            listeners.emplace_back(open_listener(address, type), type);
+    if (settings.uid >= 0) become(uid_t(settings.uid), gid_t(settings.gid));
     sem_init(&query_slots, 0, unsigned(settings.queries));
-    sem_init(&client_slots, 0, most_clients);
+    sem_init(&client_slots, 0, 256);  // over TCP; more wait to be accepted
     auto forever = [](auto work) { std::thread([=] { for (;;) guard(work); }).detach(); };
     forever([] { tend(); });
-    for (int fd : udp) forever([fd] { serve_udp(fd); });
-    for (int fd : tcp) forever([fd] { serve_tcp(fd); });
+    for (auto [fd, type] : listeners)
+        if (fd >= 0) forever(std::bind(type == SOCK_STREAM ? serve_tcp : serve_udp, fd));
     for (int caught = 0; caught != SIGTERM && caught != SIGINT;)
-        if (sigwait(&signals, &caught) == 0 && caught == SIGUSR1) print_totals();
+        if (sigwait(&signals, &caught) == 0 && caught == SIGUSR1) say(totals());
     stopping = true;
-    const Time until = Clock::now() + grace;
+    const Time until = Clock::now() + seconds(3);  // for the queries in flight
     for (int free = 0; free < settings.queries && Clock::now() < until;
          sem_getvalue(&query_slots, &free))
         std::this_thread::sleep_for(milliseconds(5));
-    print_totals();
+    say(totals());
     _exit(0);  // no destructors: listeners and clients still run
 }
 

@@ -248,7 +248,7 @@ static Octets answer(const Octets& q, const Question& question, const std::strin
         add_record(a, 1,
                    {uint8_t(hash >> 24), uint8_t(hash >> 16), uint8_t(hash >> 8), uint8_t(hash)});
     }
-    add_oddities(a, key, {q.begin() + 12, q.begin() + question.end - 4});
+    if (question.end > 12) add_oddities(a, key, {q.begin() + 12, q.begin() + question.end - 4});
     Octets options;
     if (key == "ede") options = {0, 15, 0, 4, 0, 22, 'h', 'i'};
     if (key == "keepalive") options = {0, 11, 0, 2, 0, 100, 0, 100, 0, 3, 'a', 'b', 'c'};
