@@ -1,4 +1,5 @@
 # make | run | demo | bench | test [SANITIZE=address,undefined|thread] | clean. See README.md.
+# Longer tests: fuzz [SECONDS=60]. They fail if they find something.
 SANITIZE =
 COMMA = ,
 DIR = build$(if $(SANITIZE),/$(subst $(COMMA),-,$(SANITIZE)))
@@ -15,7 +16,8 @@ $(DIR)/dot-proxy: main.cpp dot.cpp dot.hpp Makefile
 run: $(DIR)/dot-proxy
 	$< --listen 127.0.0.1@5300
 
-$(DIR)/test/all $(DIR)/test/upstream: $(DIR)/test/%: $(DIR)/dot-proxy
+LONG = seeds
+$(addprefix $(DIR)/test/,all upstream $(LONG)): $(DIR)/test/%: $(DIR)/dot-proxy
 	cmake -S test -B $(DIR)/test -DPROXY=$(abspath $<) -DSANITIZE=$(SANITIZE) >/dev/null
 	@+cmake --build $(DIR)/test --target $* -j $$(nproc) >/dev/null
 
@@ -28,6 +30,11 @@ bench: $(DIR)/test/upstream
 test: $(DIR)/test/all
 	cd $(DIR)/test && ctest -j $(JOBS) --output-on-failure
 
+SECONDS = 60
+fuzz: $(DIR)/test/seeds
+	@rm -rf $(DIR)/fuzz/seeds && mkdir -p $(DIR)/fuzz
+	@PROXY=$(abspath $(DIR)/dot-proxy) $< $(DIR)/fuzz/seeds && test/fuzz.sh $(SECONDS) $(DIR)/fuzz
+
 clean:
 	rm -rf build
-.PHONY: run demo bench test clean $(DIR)/test/all $(DIR)/test/upstream
+.PHONY: run demo bench test fuzz clean $(addprefix $(DIR)/test/,all upstream $(LONG))

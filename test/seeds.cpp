@@ -1,0 +1,74 @@
+// seeds.cpp - what `make fuzz` begins with: queries as clients send them, and each with the answer
+// that the tests' upstream gave. usage: PROXY=... seeds DIRECTORY
+#include <filesystem>
+
+#include "program.hpp"
+
+using namespace test;
+
+static void save(const std::string& dir, const Octets& octets) {
+    static int number = 0;
+    std::filesystem::create_directories(dir);
+    std::ofstream(dir + "/" + std::to_string(++number))
+        .write(reinterpret_cast<const char*>(octets.data()), std::streamsize(octets.size()));
+}
+
+static std::vector<Octets> queries() {
+    std::vector<Octets> all;
+    const Octets options{0, 12, 0, 3, 0, 0, 0, 0, 11, 0, 0, 0, 10, 0, 8, 1, 2, 3, 4, 5, 6, 7, 8};
+    for (const char* key :
+         {"a", "ede", "keepalive", "badvers", "badcookie", "always", "noopt", "unknown", "pointers",
+          "chain", "txt40", "txt700", "tsig", "tsig400", "size600", "tc", "ad", "folded",
+          "formerr", "servfail", "wrongid", "wrongname", "short", "headeronly", "query"})
+        for (int variant = 0; variant < 3; variant++) {
+            std::optional<Edns> edns;
+            if (variant == 1) edns = Edns{};
+            if (variant == 2) edns = Edns{512, true, options};
+            all.push_back(make_query(std::string(key) + ".TeSt", 1, edns, 0x4000 + int(all.size())));
+        }
+    for (int flags : {0x2100, 0x2900, 0x3100, 0x0130}) {  // NOTIFY, UPDATE, DSO; AD and CD
+        Octets q = make_query("a.test", 6, Edns{}, 1, flags);
+        append(q, {0xc0, 12, 0, 250, 0, 255, 0, 0, 0, 0, 0, 2, 7, 7});  // a TSIG behind the OPT
+        q[11]++;
+        all.push_back(q);
+        q[q.size() - 11] = 1;  // an A record behind it
+        all.push_back(q);
+    }
+    for (int type : {252, 251, 28, 65280}) all.push_back(make_query("b.test", type));
+    all.push_back(Octets(12, 0));
+    return all;
+}
+
+int main(int argc, char** argv) try {
+    if (argc != 2) return 2;
+    const std::string dir = argv[1];
+    Certificates certificates;
+    Upstream upstream(certificates);
+    Proxy proxy(certificates, {upstream.spec()}, {"-q", "-t", "300"});
+    for (const Octets& q : queries()) {
+        save(dir + "/query", q);
+        const size_t before = upstream.seen().answers.size();
+        if (!proxy.udp(q, 2)) continue;
+        const Seen seen = upstream.seen();
+        if (seen.answers.size() == before) continue;
+        for (int flags : {0, 1, 0xfc}) {
+            Octets in{uint8_t(flags)};
+            append16(in, int(q.size()));
+            append(in, q);
+            append(in, seen.answers.back());
+            save(dir + "/answer", in);
+        }
+    }
+    proxy.stop();
+    const std::string pin = ",pin-sha256=" + Certificates::pin(certificates.leaf(Cert::Good));
+    for (const std::string& text :
+         {std::string("ucloudflare"), std::string("uquad9"), "u192.0.2.1@853#dot.test" + pin + pin,
+          std::string("u2001:db8::1#a.b-c_d"), std::string("u192.0.2.1@53#dot.test"),
+          std::string("a127.0.0.1@5300"), std::string("a::1"), std::string("a::ffff:1.2.3.4@1"),
+          std::string("p10.0.0.0/8"), std::string("pfe80::/10"), std::string("n65535"),
+          std::string("n007")})
+        save(dir + "/options", Octets(text.begin(), text.end()));
+} catch (const std::exception& e) {
+    fprintf(stderr, "seeds: %s\n", e.what());
+    return 1;
+}
