@@ -145,6 +145,7 @@ static void answer(const Octets& in) {
         CHECK(l.opt && (!no_pointers(a, l.opt_end) || (!q.layout.edns && a[l.opt + 5] != 0)));
         return;
     }
+    CHECK(l.is_signed || !l.opt || q.layout.edns || a[l.opt + 5] == 0);  // an extended rcode
     const dot::Layout c = dot::parse(*clean);
     CHECK_WHY(!c.fault, c.fault);
     if (l.is_signed) {
