@@ -377,16 +377,16 @@ static bool within(const std::vector<Prefix>& list, const Address& one) {
 
 bool may_ask(const Address& a) { return within(settings.allow, a) && !within(settings.deny, a); }
 
-Bytes client_of(const Address& a) { return {a.octets(), a.octets() + (a.is_v4() ? 4 : 8)}; }
-
-bool over_rate(const Address& client) {
+bool over_rate(const Address& client, bool tcp) {
     static std::mutex mutex;               // guards what follows
     static std::map<Bytes, Time> buckets;  // when each is full again, and as good as none
     if (settings.rate == 0) return false;
     Lock lock(mutex);
     // A flood from everywhere: rather may all ask a little more than is one locked out.
-    if (buckets.size() == 65536) buckets.clear();
-    Time &full = buckets[client_of(client)], now = Clock::now();
+    if (buckets.size() == 16384) buckets.clear();
+    Bytes key(client.octets(), client.octets() + (client.is_v4() ? 4 : 8));
+    key.push_back(tcp);
+    Time &full = buckets[key], now = Clock::now();
     const Time then = std::max(full, now) + std::chrono::nanoseconds(1000000000 / settings.rate);
     const bool over = then > now + seconds(1);  // a bucket holds one second's worth
     if (!over) full = then;

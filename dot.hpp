@@ -168,10 +168,9 @@ void set_option(int fd, int level, int option, int value);  // a socket's; as se
 
 // Whoever is in one of --allow's prefixes and in none of --deny's.
 bool may_ask(const Address& client);
-// A client: an IPv4 address, or an IPv6 network of 64 bits, which is what one host is given.
-Bytes client_of(const Address& address);
-// Whether this query is one too many for its client, with --rate.
-bool over_rate(const Address& client);
+// Whether this query is one too many for its client, with --rate: an IPv4 address, or an IPv6 network
+// of 64 bits, which is what one host is given. Over TCP nobody can spend what is another's.
+bool over_rate(const Address& client, bool tcp);
 
 // ---- The whole way -----------------------------------------------------------------------------
 

@@ -189,7 +189,7 @@ static bool take(Bytes octets, const std::shared_ptr<Client>& client) {
     const char* transport = tcp ? "TCP" : "UDP";
     query->tell(1, text("%zu octets over %s", query->octets.size(), transport), query->octets);
     Verdict verdict = judge(*query);
-    if (verdict.rcode != silence && over_rate(client->address))
+    if (verdict.rcode != silence && over_rate(client->address, tcp))
         verdict = {tcp ? REFUSED : cut_short, "over the rate"};  // nobody gets more than was sent
     query->tell(2, verdict.why);
     if (verdict.rcode == silence) return false;
