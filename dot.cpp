@@ -17,9 +17,7 @@
 #include <cstdarg>
 #include <cstring>
 #include <deque>
-#include <map>
 #include <regex>
-#include <thread>
 
 namespace dot {
 
@@ -143,8 +141,8 @@ static void put16(Bytes& m, size_t at, size_t value) {
 std::string type_name(int type) {
     static const std::map<int, const char*> names{
         {0, "-"}, {1, "A"}, {2, "NS"}, {5, "CNAME"}, {6, "SOA"}, {12, "PTR"}, {15, "MX"},
-        {16, "TXT"}, {28, "AAAA"}, {33, "SRV"}, {43, "DS"}, {48, "DNSKEY"}, {65, "HTTPS"},
-        {IXFR, "IXFR"}, {AXFR, "AXFR"}, {255, "ANY"}};
+        {16, "TXT"}, {28, "AAAA"}, {33, "SRV"}, {65, "HTTPS"}, {IXFR, "IXFR"}, {AXFR, "AXFR"},
+        {255, "ANY"}};
     const auto known = names.find(type);
     return known != names.end() ? known->second : text("TYPE%d", type);
 }
@@ -357,8 +355,7 @@ std::optional<Bytes> read_frame(int fd, Time until) {
         const int left = std::max(time_left(until), 1);
         const timeval limit{left / 1000, left % 1000 * 1000};
         setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
-        const auto size = ssize_t(in.size());
-        if (size == 0 || recv(fd, in.data(), in.size(), MSG_WAITALL) != size) return {};
+        if (in.empty() || recv(fd, in.data(), in.size(), MSG_WAITALL) < int(in.size())) return {};
         if (length) in.resize(u16(in, 0));
     }
     return in;
@@ -384,7 +381,7 @@ bool over_rate(const Address& client, bool tcp) {
     Lock lock(mutex);
     // A flood from everywhere: rather may all ask a little more than is one locked out.
     if (buckets.size() == 16384) buckets.clear();
-    Bytes key(client.octets(), client.octets() + (client.is_v4() ? 4 : 8));
+    Bytes key = client.host();
     key.push_back(tcp);
     Time &full = buckets[key], now = Clock::now();
     const Time then = std::max(full, now) + std::chrono::nanoseconds(1000000000 / settings.rate);
@@ -487,7 +484,7 @@ struct Upstream : Peer {
         if (connection) parked_.push_back(std::move(connection));
     }
 
-    bool tend();
+    bool tend(bool warm);
 
 private:
     void rest() {
@@ -625,8 +622,8 @@ struct Connection {
     }
 
     std::string how() const {
-        const char* session = SSL_session_reused(ssl.get()) ? "resumed" : "full";
-        return text("%s %s %s", SSL_get_version(ssl.get()), session, ready ? "ready" : "dialled");
+        const std::string session = SSL_session_reused(ssl.get()) ? " resumed" : " full";
+        return SSL_get_version(ssl.get()) + session + (ready ? " ready" : " dialled");
     }
 
     bool failed() const { return !why_.empty(); }
@@ -681,8 +678,9 @@ private:
     std::string why_;  // empty: it has not failed
 };
 
-// Drops those that are too old, or too many for how little is asked. true: one more is wanted.
-bool Upstream::tend() {
+// Drops those that are too old, or too many for how little is asked. true: one more is wanted, if a
+// stock is to be kept `warm`.
+bool Upstream::tend(bool warm) {
     const Time now = Clock::now();
     while (auto oldest = take()) {
         const Clock::duration age = now - oldest->since;
@@ -699,7 +697,7 @@ bool Upstream::tend() {
     }
     Lock lock(mutex_);
     // Five minutes after the last query nothing is kept warm any more.
-    return now < asked.load() + seconds(300) && parked_.size() + opening_ < warm_stock;
+    return warm && now < asked.load() + seconds(300) && parked_.size() + opening_ < warm_stock;
 }
 
 // ---- The whole way -----------------------------------------------------------------------------
@@ -809,7 +807,8 @@ void restock(Outcome used) {
         if (settings.reuse && one.get() == used.winner && upstream.reserve()) upstream.park(one);
         one.reset();
         while (wanted-- > 0) open(upstream);
-        upstream.tend();  // reads the tickets of the next one now, and not while a client waits
+        // Reads the tickets of the next one now, and not while a client waits.
+        upstream.tend(false);
     }
 }
 
@@ -817,7 +816,7 @@ void tend() {
     for (;; std::this_thread::sleep_for(milliseconds(250))) {
         int warm = 2;  // the upstream that is asked, and the one that would be next
         for (auto& upstream : upstreams)
-            if (upstream->tend() && upstream->failures == 0 && warm-- > 0) open(*upstream);
+            if (upstream->tend(upstream->failures == 0 && warm-- > 0)) open(*upstream);
     }
 }
 

@@ -26,10 +26,12 @@
 #include <netinet/in.h>
 
 #include <chrono>
+#include <map>
 #include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace dot {
@@ -58,6 +60,7 @@ union Address {
     socklen_t size() const { return is_v4() ? sizeof v4 : sizeof v6; }
     std::string str() const;  // "1.1.1.1@853"
     bool is_v4() const { return any.sa_family == AF_INET; }
+    Bytes host() const { return {octets(), octets() + (is_v4() ? 4 : 8)}; }  // of IPv6 the network
     const uint8_t* octets() const { return (const uint8_t*)&any + (is_v4() ? 4 : 8); }
 };
 Address parse_address(const std::string& from, int default_port);  // ADDR[@PORT]; throws BadOption
@@ -168,8 +171,8 @@ void set_option(int fd, int level, int option, int value);  // a socket's; as se
 
 // Whoever is in one of --allow's prefixes and in none of --deny's.
 bool may_ask(const Address& client);
-// Whether this query is one too many for its client, with --rate: an IPv4 address, or an IPv6 network
-// of 64 bits, which is what one host is given. Over TCP nobody can spend what is another's.
+// Whether this query is one too many for its host, with --rate. Over TCP, where addresses are no
+// pretence, hosts have a share of their own, so that nobody can spend another's.
 bool over_rate(const Address& client, bool tcp);
 
 // ---- The whole way -----------------------------------------------------------------------------

@@ -12,9 +12,7 @@
 #include <unistd.h>
 
 #include <csignal>
-#include <functional>
 #include <mutex>
-#include <thread>
 
 #include "dot.hpp"
 
@@ -101,8 +99,7 @@ static int open_listener(const Address& address, int type) {
     if (six) set_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, 1);
     // Which of our addresses was asked, for the answer to leave from it: RFC 2181 4.
     set_option(fd, six ? IPPROTO_IPV6 : IPPROTO_IP, six ? IPV6_RECVPKTINFO : IP_PKTINFO, 1);
-    const bool bound = bind(fd, &address.any, address.size()) == 0;
-    if (bound && (!tcp || listen(fd, SOMAXCONN) == 0)) return fd;
+    if (!bind(fd, &address.any, address.size()) && (!tcp || !listen(fd, SOMAXCONN))) return fd;
     const int error = fd < 0 ? EAFNOSUPPORT : errno, port = ntohs(address.v4.sin_port);
     const bool none = six && (error == EAFNOSUPPORT || error == EADDRNOTAVAIL);
     if (none && settings.listen.size() > 1) return -1;  // a host without IPv6 is served without it
@@ -126,8 +123,8 @@ static sem_t query_slots, client_slots;
 static std::atomic<bool> stopping{false};
 
 // No thread can end the process, even if memory runs out.
-static void guard(auto work) try {
-    work();
+static void guard(auto work, auto... with) try {
+    work(with...);
 } catch (const std::exception& e) {
     say(text("FAILURE thread: %s", e.what()));
 }
@@ -159,7 +156,7 @@ struct Client {
     const bool tcp;
     const int fd;
     Address address{};
-    Permit permit{};                      // of a TCP client
+    Permit permit{}, of_one{};            // of a TCP client
     alignas(cmsghdr) char control[64]{};  // which of our addresses was asked over UDP
     msghdr header{};
     std::mutex writing{};  // guards the order of octets to fd
@@ -221,8 +218,9 @@ static void serve_udp(int fd) {
 }
 
 static void serve_tcp(int listener) {
+    static thread_local std::map<Bytes, sem_t> slots_of;  // each host that may ask: 64
     for (;;) {
-        Permit permit = take_slot(client_slots, true);  // until then they wait in the backlog
+        Permit all = take_slot(client_slots, true);  // until then they wait in the backlog
         Address from;
         socklen_t size = sizeof from;
         const int fd = accept4(listener, &from.any, &size, SOCK_CLOEXEC);
@@ -230,13 +228,15 @@ static void serve_tcp(int listener) {
             std::this_thread::sleep_for(milliseconds(20));
             continue;
         }
-        std::shared_ptr<Client> client(new Client{true, fd, from, std::move(permit)});
-        count("denied", !may_ask(from));
-        if (!may_ask(from)) continue;
+        const auto [slots, fresh] = slots_of.try_emplace(may_ask(from) ? from.host() : Bytes{});
+        if (fresh) sem_init(&slots->second, 0, slots->first.empty() ? 0 : 64);
+        Permit one = take_slot(slots->second, false);
+        std::shared_ptr<Client> client(new Client{true, fd, from, std::move(all), std::move(one)});
         const timeval limit{idle_limit.count(), 0};  // on Linux, for one whole send()
         setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
         set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
-        detach([client] {
+        if (!client->of_one) count("denied");
+        else detach([client] {
             while (auto message = read_frame(client->fd, Clock::now() + idle_limit))
                 if (!take(std::move(*message), client)) return;
         });
@@ -268,10 +268,10 @@ static int run() {
     if (settings.uid >= 0) become(uid_t(settings.uid), gid_t(settings.gid));
     sem_init(&query_slots, 0, unsigned(settings.queries));
     sem_init(&client_slots, 0, 256);  // over TCP; more wait to be accepted
-    auto forever = [](auto work) { std::thread([=] { for (;;) guard(work); }).detach(); };
-    forever([] { tend(); });
+    auto forever = [](auto... work) { std::thread([=] { for (;;) guard(work...); }).detach(); };
+    forever(tend);
     for (auto [fd, type] : listeners)
-        if (fd >= 0) forever(std::bind(type == SOCK_STREAM ? serve_tcp : serve_udp, fd));
+        if (fd >= 0) forever(type == SOCK_STREAM ? serve_tcp : serve_udp, fd);
     for (int caught = 0; caught != SIGTERM && caught != SIGINT;)
         if (sigwait(&signals, &caught) == 0 && caught == SIGUSR1) say(totals());
     stopping = true;

@@ -1,0 +1,285 @@
+// access.cpp - who may ask, how much, and as whom the program runs: the whole program, black box.
+//
+// Tests that need addresses other than loopback's make a network namespace of their own, as root.
+#include <net/if.h>
+#include <sched.h>
+#include <sys/ioctl.h>
+#include <sys/resource.h>
+
+#include <thread>
+
+#include "program.hpp"
+
+using namespace test;
+
+// A client's socket from one address to another; both of IPv4 or both of IPv6.
+struct From {
+    From(int type, const std::string& from, const std::string& to, int port) : tcp(type == SOCK_STREAM) {
+        const bool six = to.find(':') != std::string::npos;
+        fd = socket(six ? AF_INET6 : AF_INET, type | SOCK_CLOEXEC, 0);
+        const socklen_t size = six ? sizeof place : sizeof(sockaddr_in);
+        CHECK_EQ(bind(fd, at(from, 0), size), 0);
+        connected = connect(fd, at(to, port), size) == 0;
+    }
+    From(const From&) = delete;
+    ~From() { close(fd); }
+
+    const sockaddr* at(const std::string& address, int port) {
+        const bool six = address.find(':') != std::string::npos;
+        place = {};
+        auto& v4 = reinterpret_cast<sockaddr_in&>(place);
+        place.sin6_family = six ? AF_INET6 : AF_INET;
+        v4.sin_port = htons(uint16_t(port));
+        inet_pton(place.sin6_family, address.c_str(), six ? (void*)&place.sin6_addr : &v4.sin_addr);
+        return reinterpret_cast<const sockaddr*>(&place);
+    }
+
+    // The answer; nullopt: none within that time, or the connection was closed.
+    std::optional<Octets> ask(const Octets& query, double seconds = 20) {
+        Octets out, in(65537);
+        if (tcp) append16(out, int(query.size()));
+        append(out, query);
+        if (::send(fd, out.data(), out.size(), MSG_NOSIGNAL) != ssize_t(out.size())) return {};
+        pollfd readable{fd, POLLIN, 0};
+        if (poll(&readable, 1, int(seconds * 1000)) != 1) return {};
+        const ssize_t got = recv(fd, in.data(), in.size(), 0);  // these answers come in one piece
+        if (got < (tcp ? 3 : 1)) return {};
+        return Octets(in.begin() + (tcp ? 2 : 0), in.begin() + got);
+    }
+
+    int fd;
+    bool tcp, connected;
+    sockaddr_in6 place{};
+};
+
+struct Setup {
+    explicit Setup(const Proxy::Words& more, const Proxy::Words& listen = {"127.0.0.1", "::1"})
+        : proxy(certificates, {upstream.spec()}, more, listen) {}
+    Certificates certificates;
+    Upstream upstream{certificates};
+    Proxy proxy;
+
+    // A number of the TOTALS line; -1: it has no such name.
+    int total(const std::string& name) {
+        const size_t before = proxy.out().size();
+        kill(proxy.pid(), SIGUSR1);
+        CHECK(eventually([&] { return proxy.out().find("TOTALS ", before) != std::string::npos; }));
+        const std::string out = proxy.out();
+        const size_t line = out.find("TOTALS ", before), at = out.find(" " + name + "=", line);
+        return at == out.npos ? -1 : atoi(out.c_str() + at + name.size() + 2);
+    }
+};
+
+// Silence over UDP, a close over TCP.
+static bool refused(int port, const std::string& from, const std::string& to) {
+    From udp(SOCK_DGRAM, from, to, port), tcp(SOCK_STREAM, from, to, port);
+    return !udp.ask(make_query("a.test"), 0.5) && !tcp.ask(make_query("a.test"), 5);
+}
+static bool served(int port, const std::string& from, const std::string& to) {
+    From udp(SOCK_DGRAM, from, to, port), tcp(SOCK_STREAM, from, to, port);
+    return udp.ask(make_query("a.test")) && tcp.ask(make_query("a.test"));
+}
+
+TEST("access.allow_and_deny_judge_udp_and_tcp") {  // deny wins
+    Setup s({"-a", "127.0.0.0/30", "-a", "::1", "-d", "127.0.0.2"});
+    for (const char* good : {"127.0.0.1", "127.0.0.3"})
+        CHECK_WHY(served(s.proxy.port, good, "127.0.0.1"), good);
+    CHECK(served(s.proxy.port, "::1", "::1"));
+    for (const char* bad : {"127.0.0.2", "127.0.0.4", "127.9.9.9"})
+        CHECK_WHY(refused(s.proxy.port, bad, "127.0.0.1"), bad);
+    CHECK_EQ(s.total("denied"), 6);
+    CHECK_EQ(s.total("udp"), 3);
+    CHECK_EQ(s.upstream.seen().queries.size(), 6u);  // nothing was sent for those refused
+    s.proxy.stop();
+}
+
+TEST("access.of_one_family_says_nothing_of_the_other") {
+    Setup s({"-a", "0.0.0.0/0"});
+    CHECK(served(s.proxy.port, "127.0.0.1", "127.0.0.1"));
+    CHECK(refused(s.proxy.port, "::1", "::1"));
+    s.proxy.stop();
+}
+
+// A network of this process's own, with a loopback that has these addresses too. Needs root.
+static void make_network(const std::vector<std::string>& addresses) {
+    if (unshare(CLONE_NEWNET) != 0) throw check::Skip("a network namespace needs root");
+    const int fd = socket(AF_INET, SOCK_DGRAM, 0);
+    int number = 0;
+    for (auto& address : addresses) {
+        ifreq request{};
+        snprintf(request.ifr_name, sizeof request.ifr_name, "lo%s",
+                 number ? (":" + std::to_string(number)).c_str() : "");
+        number++;
+        auto& place = reinterpret_cast<sockaddr_in&>(request.ifr_addr);
+        place.sin_family = AF_INET;
+        inet_pton(AF_INET, address.c_str(), &place.sin_addr);
+        CHECK_EQ(ioctl(fd, SIOCSIFADDR, &request), 0);
+        request.ifr_flags = IFF_UP;
+        CHECK_EQ(ioctl(fd, SIOCSIFFLAGS, &request), 0);
+    }
+    close(fd);
+}
+
+TEST("access.default_is_loopback_and_private_networks") {
+    make_network({"127.0.0.1", "10.1.2.3", "172.16.0.1", "172.31.255.254", "172.32.0.1", "192.168.7.7",
+                  "169.254.1.1", "198.51.100.7", "11.0.0.1"});
+    Setup s({}, {"0.0.0.0"});
+    for (const char* good : {"127.0.0.1", "10.1.2.3", "172.16.0.1", "172.31.255.254", "192.168.7.7", "169.254.1.1"})
+        CHECK_WHY(served(s.proxy.port, good, "127.0.0.1"), good);
+    for (const char* bad : {"198.51.100.7", "11.0.0.1", "172.32.0.1"})
+        CHECK_WHY(refused(s.proxy.port, bad, "127.0.0.1"), bad);
+    s.proxy.stop();
+}
+
+TEST("rate.udp_gets_tc_and_tcp_refused") {
+    Setup s({"-r", "5"});
+    int good[2] = {}, over[2] = {};
+    From udp(SOCK_DGRAM, "127.0.0.1", "127.0.0.1", s.proxy.port);
+    From tcp(SOCK_STREAM, "127.0.0.1", "127.0.0.1", s.proxy.port);
+    const auto start = Clock::now();
+    for (int i = 0; i < 40; i++) {
+        From& client = i % 2 ? tcp : udp;
+        const Octets q = make_query("a.test");
+        const auto octets = client.ask(q);
+        CHECK(octets);
+        const Answer a(*octets);
+        if (a.count(1)) good[i % 2]++;
+        else over[i % 2]++;
+        if (a.count(1)) continue;
+        CHECK(a.octets.size() <= q.size());  // nobody gets more than was sent
+        CHECK_EQ(a.rcode(), client.tcp ? 5 : 0);
+        CHECK_EQ(a.tc(), !client.tcp);
+    }
+    const int most = 5 + int(5 * since(start)) + 1;
+    for (int i : {0, 1}) CHECK(good[i] >= 5 && good[i] <= most);  // each transport has its own share
+    CHECK_EQ(s.total("failure:over_the_rate"), over[0] + over[1]);
+    usleep(1100000);
+    CHECK(Answer(*udp.ask(make_query("a.test"))).count(1) == 1);
+    s.proxy.stop();
+}
+
+TEST("rate.one_client_does_not_spend_anothers") {
+    Setup s({"-r", "3"});
+    From greedy(SOCK_DGRAM, "127.0.0.7", "127.0.0.1", s.proxy.port);
+    for (int i = 0; i < 50; i++) greedy.ask(make_query("a.test"));
+    CHECK(Answer(*greedy.ask(make_query("a.test"))).tc());
+    for (const char* other : {"127.0.0.8", "127.0.0.9"}) {
+        From client(SOCK_DGRAM, other, "127.0.0.1", s.proxy.port);
+        for (int i = 0; i < 3; i++) CHECK(!Answer(*client.ask(make_query("a.test"))).tc());
+    }
+    s.proxy.stop();
+}
+
+TEST("rate.what_is_no_query_gets_no_answer_even_over_the_rate") {
+    Setup s({"-r", "1"});
+    From client(SOCK_DGRAM, "127.0.0.1", "127.0.0.1", s.proxy.port);
+    for (int i = 0; i < 5; i++) client.ask(make_query("a.test"));
+    CHECK(!client.ask(make_query("a.test", 1, {}, 1, 0x8180), 0.3));
+    s.proxy.stop();
+}
+
+TEST("limits.few_open_files") {  // 64: it refuses, does not die, and recovers
+    TempDir dir;
+    std::ofstream(dir.path + "/few") << "#!/bin/sh\nulimit -n 64\nexec " << environment("PROXY") << " \"$@\"\n";
+    chmod((dir.path + "/few").c_str(), 0700);
+    setenv("PROXY", (dir.path + "/few").c_str(), 1);
+    Setup s({"-t", "1000"});
+    CHECK_EQ(s.proxy.ask(make_query("a.test")).rcode(), 0);
+    std::vector<std::unique_ptr<From>> silent;
+    for (int i = 0; i < 100; i++)
+        silent.push_back(std::make_unique<From>(SOCK_STREAM, "127.0.0.1", "127.0.0.1", s.proxy.port));
+    for (int i = 0; i < 20; i++) CHECK(s.proxy.udp(make_query("a" + std::to_string(i) + ".test")));
+    silent.clear();
+    CHECK(eventually([&] { return s.proxy.ask(make_query("a.test")).rcode() == 0; }, 30));
+    CHECK(s.proxy.tcp(make_query("a.test")));
+    s.proxy.stop();
+}
+
+TEST("limits.tcp_clients_beyond_the_limit_wait_and_are_served") {  // 256
+    Setup s({});
+    std::vector<std::unique_ptr<From>> silent;
+    for (int i = 0; i < 256; i++)
+        silent.push_back(std::make_unique<From>(SOCK_STREAM, "127.0.1." + std::to_string(i / 60), "127.0.0.1",
+                                                s.proxy.port));
+    From late(SOCK_STREAM, "127.0.0.2", "127.0.0.1", s.proxy.port);
+    CHECK(!late.ask(make_query("a.test"), 0.5));
+    CHECK_EQ(s.proxy.ask(make_query("a.test")).rcode(), 0);  // UDP is not held up
+    silent.clear();
+    pollfd readable{late.fd, POLLIN, 0};
+    CHECK_EQ(poll(&readable, 1, 20000), 1);
+    s.proxy.stop();
+}
+
+TEST("limits.tcp_clients_of_one_address") {  // 64; others are served, and the limit recovers
+    Setup s({});
+    const char* crowd = "127.0.0.7";
+    std::vector<std::unique_ptr<From>> silent;
+    for (int i = 0; i < 64; i++)
+        silent.push_back(std::make_unique<From>(SOCK_STREAM, crowd, "127.0.0.1", s.proxy.port));
+    CHECK(silent.back()->ask(make_query("a.test")));
+    CHECK(!From(SOCK_STREAM, crowd, "127.0.0.1", s.proxy.port).ask(make_query("a.test"), 5));
+    CHECK(From(SOCK_STREAM, "127.0.0.8", "127.0.0.1", s.proxy.port).ask(make_query("a.test")));
+    CHECK_EQ(s.total("denied"), 1);
+    silent.clear();
+    CHECK(eventually([&] {
+        return From(SOCK_STREAM, crowd, "127.0.0.1", s.proxy.port).ask(make_query("a.test")).has_value();
+    }));
+    s.proxy.stop();
+}
+
+static std::string status_of(pid_t pid, const std::string& name) {
+    const std::string all = contents("/proc/" + std::to_string(pid) + "/status");
+    const size_t at = all.find("\n" + name + ":"), from = at + name.size() + 2;
+    return at == all.npos ? "" : all.substr(from, all.find('\n', from) - from);
+}
+
+TEST("user.privileges_are_dropped_for_good") {
+    if (geteuid() != 0) throw check::Skip("needs root");
+    std::string root;
+    for (const char* user : {"nobody", "65534"}) {
+        Setup s({"-U", user});
+        CHECK_EQ(s.proxy.ask(make_query("a.test")).rcode(), 0);
+        CHECK_EQ(status_of(s.proxy.pid(), "Uid"), "\t65534\t65534\t65534\t65534");
+        CHECK_EQ(status_of(s.proxy.pid(), "Gid"), "\t65534\t65534\t65534\t65534");
+        CHECK(status_of(s.proxy.pid(), "Groups").find_first_of("0123456789") == std::string::npos);
+        for (const char* set : {"CapEff", "CapPrm"})
+            CHECK_EQ(status_of(s.proxy.pid(), set), "\t0000000000000000");
+        CHECK_EQ(status_of(s.proxy.pid(), "NoNewPrivs"), "\t1");
+        s.proxy.stop();
+    }
+}
+
+TEST("totals.count_what_happens") {
+    Setup s({});
+    for (int i = 0; i < 3; i++) CHECK_EQ(s.proxy.ask(make_query("a.test"), i == 0).rcode(), 0);
+    CHECK_EQ(s.proxy.ask(make_query("a.test", 252)).rcode(), 4);
+    CHECK_EQ(s.proxy.ask(make_query("wrongid.test")).rcode(), 2);
+    CHECK(s.proxy.prints("no answer to this query"));
+    const struct { const char* name; int number; } rows[] = {
+        {"udp", 4}, {"tcp", 1}, {"success", 3}, {"failure", 2}, {"NOERROR", 3}, {"NOTIMP", 1},
+        {"SERVFAIL", 1}, {"denied", 0}, {"failure:zone_transfers_are_not_proxied", 1}};
+    for (auto& row : rows) CHECK_WHY(s.total(row.name) == row.number, row.name);
+    CHECK(s.total("dialled") >= 3 && s.total("resumed") >= 1 && s.total("ready") >= 1);
+    CHECK_EQ(s.total("no_such_name"), -1);
+    s.proxy.stop();
+}
+
+TEST("totals.a_failing_upstream_is_told_once_and_when_it_answers_again") {
+    Setup s({"-k", "0"});
+    const Options good, bad{.accept = Options::Close};
+    s.upstream.set(bad);
+    for (int i = 0; i < 20; i++) CHECK_EQ(s.proxy.ask(make_query("a.test")).rcode(), 2);
+    s.upstream.set(good);
+    CHECK(eventually([&] { return s.proxy.ask(make_query("a.test")).rcode() == 0; }, 30));
+    CHECK_EQ(s.proxy.ask(make_query("a.test")).rcode(), 0);
+    const std::string out = s.proxy.out();
+    std::vector<std::string> told;
+    for (size_t at = 0; (at = out.find("UPSTREAM ", at)) != out.npos; at++)
+        told.push_back(out.substr(at, out.find('\n', at) - at));
+    CHECK_EQ(told.size(), 2u);
+    CHECK_WHY(told[0].find("asked last") != std::string::npos, told[0]);
+    CHECK_WHY(told[1].find("answers again") != std::string::npos, told[1]);
+    s.proxy.stop();
+}
+
+int main(int argc, char** argv) { return check::main(argc, argv); }
