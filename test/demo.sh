@@ -2,6 +2,11 @@
 # One query through the proxy to a resolver of its own, without internet, and the story of it.
 # usage: demo.sh PROXY UPSTREAM
 set -u
+if [ -t 1 ]; then  # on a terminal the numbers, times and results stand out
+    "$0" "$@" | sed -uE $'s/^#[0-9]+ \\[[1-8]\\] *[0-9.]+ ms/\e[36m&\e[0m/
+        s/^SUCCESS/\e[1;32m&\e[0m/; s/^FAILURE/\e[1;31m&\e[0m/; s/^TOTALS/\e[1m&\e[0m/'
+    exit "${PIPESTATUS[0]}"
+fi
 dir=$(mktemp -d /tmp/dot-proxy-test-XXXXXX)
 mkfifo "$dir/end"
 "$2" <"$dir/end" >"$dir/options" & upstream=$!

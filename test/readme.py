@@ -1,0 +1,425 @@
+#!/usr/bin/env python3
+"""README.md is held to what the program does: each of its indented blocks is run, parsed or compared,
+by what it begins with, and a block of no known kind is an error. Times, addresses and the resolver's
+name are masked. usage: readme.py PROXY UPSTREAM GROUP.CASE"""
+import glob, os, pty, random, re, shutil, socket, ssl, subprocess, sys, tempfile, threading, time
+
+TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PROXY, UPSTREAM = (os.path.abspath(path) for path in sys.argv[1:3])
+KINDS = {  # by the first line; the number is how many there must be at least
+    "shell": (r"(apt-get|docker|make|openssl) ", 6), "help": (r"dot-proxy \[options\]", 1),
+    "line": (r"SUCCESS|FAILURE", 2), "totals": (r"TOTALS", 1), "story": (r"#1 \[1\]", 1),
+    "octets": (r"#1 +\w.*:", 0), "framing": (r"UDP: ", 1), "picture": (r"stub resolver", 1),
+    "pod": (r"apiVersion: ", 2), "compose": (r"services:", 1), "unit": (r"\[Unit\]", 1),
+    "unbound": (r"server:", 1)}
+QUERY = bytes.fromhex("123401000001000000000000076578616d706c6503636f6d0000010001")
+
+
+def read(path):
+    with open(os.path.join(TOP, path)) as file:
+        return file.read()
+
+
+def check(condition, *why):
+    if not condition:
+        sys.exit("README.md: " + " ".join(map(str, why)))
+
+
+def skip(why):
+    print("skipped:", why)
+    sys.exit(77)
+
+
+def blocks(kind):  # the indented blocks of a kind, without their indent
+    found, block = [], []
+    for line in read("README.md").split("\n") + ["."]:
+        if line.startswith("    ") or (block and not line):
+            block.append(line)
+        elif block:
+            width = min(len(one) - len(one.lstrip()) for one in block if one)
+            found.append("\n".join(one[width:] for one in block).strip("\n"))
+            block = []
+    for one in found:
+        check(any(re.match(start, one) for start, _ in KINDS.values()), "of no known kind:", one)
+    some = [one for one in found if re.match(KINDS[kind][0], one)]
+    check(len(some) >= KINDS[kind][1], "too few blocks of the kind", kind)
+    return some
+
+
+def shell_lines():
+    return [line for block in blocks("shell") for line in block.split("\n") if line]
+
+
+def mask(text):
+    text = re.sub(r" +[0-9.]+ ms", " T ms", text)
+    text = re.sub(r"[0-9a-f.:]+@\d+", "ADDRESS", text)
+    text = re.sub(r"\d{4}-\d\d-\d\d", "DATE", text)
+    return re.sub(r"cloudflare-dns\.com|dns\.example|dot\.test|wrong\.test", "NAME", text)
+
+
+class Rig:
+    """The tests' own upstream and the program before it."""
+    def __enter__(self):
+        self.upstream = subprocess.Popen([UPSTREAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                         text=True)
+        self.options = self.upstream.stdout.readline().split()
+        self.certificates = os.path.dirname(self.options[3])
+        return self
+
+    def __exit__(self, *_):
+        self.upstream.stdin.close()
+        self.upstream.wait()
+
+    def run(self, *more, queries=1, to=None, then=None):
+        """What the program prints for so many queries over UDP, one after the other."""
+        options = [to or self.options[1] if o == self.options[1] else o for o in self.options]
+        for _ in range(10):
+            port = random.randrange(20000, 32000)
+            with tempfile.TemporaryFile("w+") as out:
+                proxy = subprocess.Popen([PROXY, "-l", "127.0.0.1@%d" % port, *options, *more],
+                                         stdout=out)
+                try:
+                    if not listens(port, proxy):
+                        continue  # somebody has the port
+                    for n in range(queries):
+                        check(ask(port), "no answer")
+                        # Its line comes after the answer; then the next connection is made ready.
+                        wait_for(lambda: len(re.findall("^(SUCC|FAIL)", whole(out), re.M)) > n)
+                        time.sleep(0.3 if n + 1 < queries else 0)
+                    proxy.terminate()
+                    check(proxy.wait(60) == 0, "it did not end well")
+                    return whole(out)
+                finally:
+                    proxy.kill()
+                    proxy.wait()
+        sys.exit("no free port")
+
+
+def whole(file):
+    file.seek(0)
+    return file.read()
+
+
+def wait_for(condition):  # on a slow machine, too
+    end = time.monotonic() + 30
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    check(condition(), "it does not come")
+
+
+def listens(port, process):
+    while process.poll() is None:
+        with socket.socket() as s:
+            if s.connect_ex(("127.0.0.1", port)) == 0:
+                return True
+        time.sleep(0.05)
+    return False
+
+
+def ask(port):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        s.settimeout(30)
+        s.sendto(QUERY, ("127.0.0.1", port))
+        return s.recv(65535)
+
+
+# ---- The cases ---------------------------------------------------------------------------------
+
+def every_block_is_of_a_known_kind():
+    for kind in KINDS:
+        blocks(kind)
+    lines = read("README.md").split("\n")
+    for number, line in enumerate(lines, 1):  # the test's packages are in one line
+        check(len(line) <= 120 or line.startswith("    apt-get "), "line", number, "is too wide")
+    check(len(lines) <= 480, len(lines), "lines are too many")
+
+
+def options_are_the_programs():
+    want = subprocess.run([PROXY, "--help"], capture_output=True, text=True, check=True).stdout
+    for have in blocks("help"):
+        check(have.strip() == want.strip(), "--help prints otherwise:\n" + want)
+
+
+def accepts(options, what):
+    # 192.0.2.1 is nobody's: options that are good end with exit 1 there, and bad ones with 2.
+    end = subprocess.run([PROXY, *options, "-l", "192.0.2.1@5300"], capture_output=True, text=True)
+    check(end.returncode == 1, what, "is not accepted:", end.stderr)
+
+
+def commands_are_good():
+    image = re.search(r"docker build -t (\S+) \.", read("README.md"))[1]
+    for line in shell_lines() + re.findall(r"`(docker run [^`]*|make [^`]*)`", read("README.md")):
+        subprocess.run(["bash", "-n", "-c", line], check=True)
+        for command in re.findall(r"make (?!cmake)(?:[A-Z]+=\S+ )*[a-z]+(?: [A-Z]+=\S+)*", line):
+            subprocess.run(["make", "-C", TOP, "-n", *command.split()[1:]], check=True,
+                           stdout=subprocess.DEVNULL)
+        if line.startswith("docker run") and image in line:
+            accepts(line.split(image, 1)[1].split(), line)
+    docker = read("Dockerfile")
+    check(re.search(r'ENTRYPOINT .*exec /dot-proxy .*\\"\$@\\"", "dot-proxy"\]', docker), "ENTRYPOINT")
+    check("/image/bin/nslookup" in docker, "no nslookup in the image")
+
+
+def pin_is_computed_so():
+    line, = (line for line in shell_lines() if line.startswith("openssl "))
+    if not shutil.which("openssl"):
+        skip("no openssl")
+    with Rig() as rig:
+        shutil.copy(rig.certificates + "/good.pem", rig.certificates + "/cert.pem")
+        pin = subprocess.run(line, shell=True, cwd=rig.certificates, capture_output=True, text=True,
+                             check=True).stdout.strip()
+        other = "A" * 43 + "="
+        for one, word in ((pin, "SUCCESS"), (other, "FAILURE")):
+            out = rig.run(to=rig.options[1] + ",pin-sha256=" + one)
+            check(out.startswith(word), "pin", one, "gives", out)
+
+
+def lines_are_the_programs():
+    want = {mask(line) for block in blocks("line") for line in block.split("\n")}
+    with Rig() as rig:
+        have = rig.run(queries=2)
+        have += rig.run(to=rig.options[1].replace("dot.test", "wrong.test"))
+    missing = want - {mask(line) for line in have.split("\n")}
+    check(not missing, "never printed:", missing, "but", have)
+
+
+def totals_are_the_programs():
+    with Rig() as rig:
+        last = rig.run(queries=1).strip().split("\n")[-1]
+    for block in blocks("totals"):
+        check(mask(block.replace("\n", " ")) == mask(last), "it prints", last)
+
+
+def story(more):
+    with Rig() as rig:
+        return [line for line in mask(rig.run(more)).split("\n") if line.startswith("#1")]
+
+
+def story_is_the_programs():
+    have = story("-v")
+    for block in blocks("story"):
+        check(mask(block).split("\n") == have, "-v prints otherwise:", *have, sep_of(block))
+
+
+def sep_of(block):
+    return "\n-- and not --\n" + mask(block)
+
+
+def octets_are_the_programs():  # -vv: each block is a part of what it prints
+    if not blocks("octets"):
+        return
+    have = "\n".join(story("-vv"))
+    for block in blocks("octets"):
+        for part in mask(block).split("\n...\n"):
+            check(part in have, "-vv prints otherwise:\n" + have, sep_of(block))
+
+
+def columns(block):  # the octets of the two columns of the framing
+    head, *lines = block.split("\n")
+    starts = [0, head.index("TLS: "), head.index("what it is")]
+    for start, end in zip(starts, starts[1:]):
+        text = "".join(" " + line[start:end] for line in lines)
+        text = re.sub(r"(\w\w) \* (\d+)", lambda m: (m[1] + " ") * int(m[2]), text)
+        yield bytes.fromhex(text)
+
+
+def framing_is_the_programs():
+    got = []
+    with Rig() as rig, socket.create_server(("127.0.0.1", 0)) as listener:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(rig.certificates + "/good.pem", rig.certificates + "/good.key")
+        context.set_alpn_protocols(["dot"])
+
+        def serve():  # reads one record and closes: the octets are all that is wanted
+            while True:
+                try:
+                    with context.wrap_socket(listener.accept()[0], server_side=True) as s:
+                        got.append(s.recv(65535))
+                except OSError:
+                    if listener.fileno() < 0:
+                        return
+
+        threading.Thread(target=serve, daemon=True).start()
+        rig.run(to="127.0.0.1@%d#dot.test" % listener.getsockname()[1])
+    for block in blocks("framing"):
+        udp, tls = columns(block)
+        check(udp == QUERY, "the left column is not the query:", udp.hex(" "))
+        check(got and tls == got[0], "what came over TLS:", got and got[0].hex(" "))
+
+
+def load_yaml(text):
+    try:
+        import yaml
+    except ImportError:
+        skip("no python3-yaml")
+    return yaml.safe_load(text)
+
+
+def check_containers(pod, text):
+    check(pod["containers"], "no containers")
+    for one in pod.get("initContainers", []) + pod["containers"]:
+        check(one["name"] and one["image"], "a container without a name or image")
+        command = one.get("command", [])
+        if command[:1] == ["/dot-proxy"]:
+            accepts(command[1:], one["name"])
+            context = one["securityContext"]
+            check(context["capabilities"]["drop"] == ["ALL"], "capabilities")
+            check(context["readOnlyRootFilesystem"], "a root file system that is writable")
+            check("memory" in one["resources"]["limits"], "no limits")
+            probe = one["readinessProbe"]["exec"]["command"]
+            check(probe[0] == "/bin/nslookup" and probe[2] == command[2], "another is probed")
+            sysctls = pod.get("securityContext", {}).get("sysctls", [])
+            check(any(s["name"].endswith("port_start") and s["value"] == "53" for s in sysctls) or
+                  "NET_BIND_SERVICE" in context["capabilities"].get("add", []), "port 53 is closed")
+    ports = {(p["containerPort"], p["protocol"]) for c in pod["containers"] for p in c.get("ports", [])}
+    check(not ports or ports == {(53, "UDP"), (53, "TCP")}, "ports", ports)
+
+
+def kubernetes_snippets_parse():
+    for text in blocks("pod"):
+        y = load_yaml(text)
+        check(set(y) == {"apiVersion", "kind", "metadata", "spec"} and y["metadata"]["name"], "keys")
+        if y["kind"] == "Pod":
+            check(y["apiVersion"] == "v1" and y["spec"]["dnsPolicy"] == "None", "pod")
+            check(y["spec"]["dnsConfig"]["nameservers"] == ["127.0.0.1"], "nameservers")
+            check_containers(y["spec"], text)
+        else:
+            check((y["apiVersion"], y["kind"]) == ("apps/v1", "DaemonSet"), y["kind"])
+            template = y["spec"]["template"]
+            labels = y["spec"]["selector"]["matchLabels"]
+            check(labels == template["metadata"]["labels"], "the labels differ")
+            check(template["spec"]["hostNetwork"] is True, "not on the host's network")
+            check_containers(template["spec"], text)
+
+
+def compose_file_parses():
+    import ipaddress
+    for text in blocks("compose"):
+        y = load_yaml(text)
+        dns, = (s for s in y["services"].values() if "build" in s)
+        (net, own), = dns["networks"].items()
+        subnet = ipaddress.ip_network(y["networks"][net]["ipam"]["config"][0]["subnet"])
+        check(ipaddress.ip_address(own["ipv4_address"]) in subnet, "its address is not in", subnet)
+        accepts(dns["command"], "compose")
+        for name, service in y["services"].items():
+            check(("image" in service) != ("build" in service), name)
+            check(set(service["networks"]) <= set(y["networks"]), name, "networks")
+            check(service is dns or service["dns"] == [own["ipv4_address"]], name, "asks another")
+        # The commands above it do the same.
+        lines = [line for line in shell_lines() if "--subnet" in line or "--ip" in line or "--dns" in line]
+        for word in (str(subnet), "--ip " + own["ipv4_address"], "--dns " + own["ipv4_address"]):
+            check(any(word in line for line in lines), word, "is not in the commands")
+
+
+def unit_verifies():
+    if not shutil.which("systemd-analyze"):
+        skip("no systemd-analyze")
+    for text in blocks("unit"):
+        command = re.search(r"^ExecStart=/usr/local/bin/dot-proxy (.*)$", text, re.M)[1]
+        accepts(command.split(), "ExecStart")
+        with tempfile.TemporaryDirectory() as dir:
+            path = dir + "/dot-proxy.service"
+            with open(path, "w") as file:
+                file.write(text.replace("/usr/local/bin/dot-proxy", PROXY) + "\n")
+            end = subprocess.run(["systemd-analyze", "verify", path], capture_output=True, text=True)
+            # Of unknown keys it only warns; of other units of the machine it may, too.
+            mine = [one for one in end.stderr.split("\n") if "dot-proxy.service" in one]
+            check(end.returncode == 0 and not mine, "systemd-analyze verify:", end.stderr)
+
+
+def unbound_snippet_parses():
+    checker = shutil.which("unbound-checkconf", path=os.environ["PATH"] + ":/usr/sbin")
+    if not checker:
+        skip("no unbound-checkconf")
+    for text in blocks("unbound"):
+        with tempfile.NamedTemporaryFile("w", suffix=".conf") as file:
+            file.write(text.replace("server:", 'server:\n    chroot: ""', 1) + "\n")
+            file.flush()
+            end = subprocess.run([checker, file.name], capture_output=True, text=True)
+            check(end.returncode == 0, end.stdout, end.stderr)
+
+
+def names_are_known():  # every test, function, file and option that is named is there
+    readme, future = read("README.md").split("## What to change next")
+    code = read("dot.hpp") + read("dot.cpp") + read("main.cpp")
+    cmake = read("test/CMakeLists.txt")
+    sources = "".join(read(os.path.relpath(path, TOP)) for path in glob.glob(TOP + "/test/*.cpp"))
+    tests = set(re.findall(r'^TEST\("([\w.]+)"\)', sources, re.M))
+    tests |= set(re.findall(r"[a-z]+\.[a-z0-9_]+", cmake))
+    words = re.findall(r"`([^`\n]+)`", readme)
+    for word in words:
+        if re.fullmatch(r"[a-z]+\.\w+_\w+|[a-z]+\.pins", word):
+            check(word in tests, "there is no test", word)
+        if re.fullmatch(r"\w+\(\)", word):
+            check(re.search(r"^\s*(?:[\w:<>&*]+ )+\*?" + re.escape(word[:-1]), code, re.M),
+                  "there is no function", word)
+        if re.fullmatch(r"[\w/]+\.(cpp|hpp|sh|py)|\w+/[\w/]*", word):
+            check(os.path.exists(os.path.join(TOP, word)), "there is no", word)
+        for option in re.findall(r"^--[a-z-]+$", word):
+            check(option in blocks("help")[0] or option == "--help", "there is no", option)
+    check(sum("." in word for word in words) > 20, "the words are not found")
+    for word in re.findall(r": `([a-z]+\.\w+)`", future):
+        check(word not in tests, word, "is there already")
+
+
+def eight_steps_agree():
+    picture, = re.findall(r"(?:^//     .*\n)+", read("dot.hpp"), re.M)[:1]
+    picture = re.sub(r"^//     ", "", picture, flags=re.M).rstrip()
+    check(blocks("picture") == [picture], "the picture is not that of dot.hpp:\n" + picture)
+    steps = re.findall(r"\[(\d)\] ([^|]+?) *\|", picture)
+    numbers = [number for number, _ in steps]
+    check(numbers == list("12345678"), "the steps are", numbers)
+    told = re.findall(r"^\*\*\[(\d)\] ([^*]+)\*\*: (.*?)\*Without it\*", read("README.md"),
+                      re.M | re.S)
+    check([(n, name) for n, name, _ in told] == steps, "paragraphs of", [t[:2] for t in told])
+    code = {name: read(name).split("\n") for name in ("dot.hpp", "dot.cpp", "main.cpp")}
+    places = {name: {n for line in lines if "//" in line
+                     for n in expand(line.split("//", 1)[1])} for name, lines in code.items()}
+    check(places["dot.cpp"] | places["main.cpp"] == set(numbers), "at the code are", places)
+    for number, _, text in told:  # the function that is named bears the number, or its place within
+        for function in re.findall(r"`(\w+)\(\)`", text)[:1]:
+            check(number in numbers_of(function, code), function, "does not bear", number)
+    have = re.findall(r"^#1 \[(\d)\]", "\n".join(story("-v")), re.M)
+    check(have == numbers, "-v tells the steps", have)
+
+
+def expand(comment):  # "[4]-[6]" is three numbers
+    for first, last in re.findall(r"\[(\d)\](?:-\[(\d)\])?", comment):
+        yield from map(str, range(int(first), int(last or first) + 1))
+
+
+def numbers_of(function, code):  # in its body, or in the comment lines before it
+    found = set()
+    for lines in code.values():
+        for at, line in enumerate(lines):
+            if not re.match(r"\s*(?:[\w:<>&*]+ )+\*?" + function + r"\(", line):
+                continue
+            end = at
+            indent = re.match(r"\s*", line)[0]
+            while end + 1 < len(lines) and not lines[end].startswith(indent + "}") and (
+                    lines[at].rstrip().endswith(("{", ",")) or "{" in lines[at]):
+                end += 1
+            start = at
+            while start and lines[start - 1].lstrip().startswith("//"):
+                start -= 1
+            for one in lines[start:end + 1]:
+                if "//" in one:
+                    found |= set(expand(one.split("//", 1)[1]))
+    return found
+
+
+def has_colours_on_a_terminal_only():
+    demo = [TOP + "/test/demo.sh", PROXY, UPSTREAM]
+    plain = subprocess.run(demo, capture_output=True, text=True, check=True).stdout
+    check("[8]" in plain and "\x1b" not in plain, "colours in a pipe:", plain)
+    seen, record = [], lambda fd: seen.append(os.read(fd, 65536)) or seen[-1]
+    os.environ["TERM"] = "xterm"
+    status = pty.spawn(demo, record)
+    text = b"".join(seen).decode()
+    check(status == 0 and "\x1b[" in text, "no colours on a terminal:", text)
+    check("[8]" in text and "TOTALS" in text, "lines are lost:", text)
+
+
+case = globals().get(sys.argv[3].split(".")[1])
+check(callable(case), "no such case:", sys.argv[3])
+case()
