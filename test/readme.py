@@ -130,7 +130,7 @@ def every_block_is_of_a_known_kind():
         blocks(kind)
     lines = read("README.md").split("\n")
     for number, line in enumerate(lines, 1):  # the test's packages are in one line
-        check(len(line) <= 120 or line.startswith("    apt-get "), "line", number, "is too wide")
+        check(len(line) <= 120 or line.startswith(("    apt-get ", "      openssl ")), "line", number, "is too wide")
     check(len(lines) <= 480, len(lines), "lines are too many")
 
 
@@ -150,7 +150,7 @@ def commands_are_good():
     image = re.search(r"docker build -t (\S+) \.", read("README.md"))[1]
     for line in shell_lines() + re.findall(r"`(docker run [^`]*|make [^`]*)`", read("README.md")):
         subprocess.run(["bash", "-n", "-c", line], check=True)
-        for command in re.findall(r"make (?!cmake)(?:[A-Z]+=\S+ )*[a-z]+(?: [A-Z]+=\S+)*", line):
+        for command in re.findall(r"(?:&& |^)make (?:[A-Z]+=\S+ )*[a-z]+(?: [A-Z]+=\S+)*", line):
             subprocess.run(["make", "-C", TOP, "-n", *command.split()[1:]], check=True,
                            stdout=subprocess.DEVNULL)
         if line.startswith("docker run") and image in line:
