@@ -53,6 +53,7 @@ def shell_lines():
 def mask(text):
     text = re.sub(r" +[0-9.]+ ms", " T ms", text)
     text = re.sub(r"[0-9a-f.:]+@\d+", "ADDRESS", text)
+    text = re.sub(r"\b([a-zA-Z_]+)=\d+", r"\1=N", text)  # totals
     text = re.sub(r"\d{4}-\d\d-\d\d", "DATE", text)
     return re.sub(r"cloudflare-dns\.com|dns\.example|dot\.test|wrong\.test", "NAME", text)
 
