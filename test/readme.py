@@ -151,7 +151,7 @@ def commands_are_good():
     image = re.search(r"docker build -t (\S+) \.", read("README.md"))[1]
     for line in shell_lines() + re.findall(r"`(docker run [^`]*|make [^`]*)`", read("README.md")):
         subprocess.run(["bash", "-n", "-c", line], check=True)
-        for command in re.findall(r"(?:&& |^)make (?:[A-Z]+=\S+ )*[a-z]+(?: [A-Z]+=\S+)*", line):
+        for command in re.findall(r"(?:(?<=&& )|^)make (?:[A-Z]+=\S+ )*[a-z]+(?: [A-Z]+=\S+)*", line):
             subprocess.run(["make", "-C", TOP, "-n", *command.split()[1:]], check=True,
                            stdout=subprocess.DEVNULL)
         if line.startswith("docker run") and image in line:
