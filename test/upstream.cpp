@@ -359,11 +359,7 @@ SSL* Upstream::Shared::make_ssl(const Options& o) {
             }
             return SSL_CLIENT_HELLO_SUCCESS;
         }, this);
-        SSL_CTX_set_session_ticket_cb(ctx, [](SSL* ssl, void* arg) {
-            const int lifetime = static_cast<Shared*>(arg)->now().ticket_lifetime;
-            if (lifetime >= 0) SSL_SESSION_set_timeout(SSL_get_session(ssl), lifetime);
-            return 1;
-        }, nullptr, this);
+        if (o.ticket_lifetime >= 0) SSL_CTX_set_timeout(ctx, o.ticket_lifetime);
         // It is offered, so that a client that would use it does; tickets stay stateless.
         SSL_CTX_set_max_early_data(ctx, 16384);
         SSL_CTX_set_options(ctx, SSL_OP_NO_ANTI_REPLAY);
