@@ -400,7 +400,8 @@ static std::atomic<Time> asked{Time{}};  // when the last query came
 using Session = std::shared_ptr<SSL_SESSION>;
 using Connections = std::vector<std::shared_ptr<Connection>>;
 
-constexpr size_t most_tickets = 128, warm_stock = 2;  // ready connections, even if little is asked
+// Ready connections even if little is asked; and points of blame for one that cannot be trusted.
+constexpr size_t most_tickets = 128, warm_stock = 2, useless = 1000;
 constexpr Clock::duration longest_idle = seconds(25), shortest_idle = seconds(1);
 
 // What was learnt of a peer, and the connections that are ready: a thread that has answered opens
@@ -414,15 +415,16 @@ struct Upstream : Peer {
 
     // Whether it may be asked now: it did not fail, or its time of rest is over. Then the caller is
     // the one who tries it: others are told no, for twice as long as before, or until it answers.
-    bool available() {
+    // One that was no more than late is asked even while it rests, if there is nobody else.
+    bool available(bool even_late) {
         Lock lock(mutex_);
         const bool rested = Clock::now() >= rest_until_;
         if (rested && failures) rest();
-        return rested;
+        return rested || (even_late && points_ < useless);
     }
 
     // Three points and no answer in between: it rests for 1 s, doubling to 5 min.
-    void blame(int points, const std::string& why) {
+    void blame(size_t points, const std::string& why) {
         Lock lock(mutex_);
         points_ += points;
         if (points_ < 3 || Clock::now() < rest_until_) return;
@@ -498,7 +500,7 @@ private:
     size_t opening_ = 0;
     Clock::duration idle_limit_ = longest_idle;  // learnt: how long it leaves a connection open
     Clock::duration usual_{};                    // until it answers; 0: unknown
-    int points_ = 0;
+    size_t points_ = 0;
     Time rest_until_{};
 };
 
@@ -560,7 +562,7 @@ struct Connection {
         if (Session ticket = to.ticket()) SSL_set_session(ssl.get(), ticket.get());
         set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
         if (connect(fd, &to.address.any, to.address.size()) && errno != EINPROGRESS)
-            fail(strerror(errno), 3);
+            fail(strerror(errno), useless);
     }
 
     ~Connection() {
@@ -633,7 +635,7 @@ struct Connection {
         return failed() ? why_ : upstream.address.str() + late;
     }
 
-    bool fail(const std::string& why, int points) {  // false, always
+    bool fail(const std::string& why, size_t points) {  // false, always
         tell(!verified ? 4 : out_.empty() ? 6 : 5, why);
         why_ = upstream.address.str() + " " + why;
         upstream.blame(points, why_);
@@ -665,7 +667,7 @@ private:
             : verdict ? text("certificate: %s", X509_verify_cert_error_string(verdict))
             : reason ? text("TLS failed: %s", reason)
             : kind == SSL_ERROR_SYSCALL && error ? strerror(error) : "closed the connection";
-        return fail(why, verified ? 0 : query_ ? 3 : 1);  // less, if no client waited
+        return fail(why, verified ? 0 : query_ ? useless : 1);  // less, if no client waited
     }
 
     void tell(int step, const std::string& what) const {
@@ -704,9 +706,9 @@ bool Upstream::tend(bool warm) {
 
 // Whom to ask next: the first in the user's order that is well, rather not the one asked last.
 static Upstream* choose(const Upstream* last) {
-    for (const Upstream* not_this : {last, static_cast<const Upstream*>(nullptr)})
-        for (auto& upstream : upstreams)
-            if (upstream.get() != not_this && upstream->available()) return upstream.get();
+    for (int pass : {0, 1, 2})
+        for (auto& one : upstreams)
+            if ((pass > 0 || one.get() != last) && one->available(pass == 2)) return one.get();
     return nullptr;
 }
 
@@ -772,7 +774,7 @@ static void ask(const Query& query, const Bytes& message, Outcome& outcome) {
         if (running) wait_for(tries, std::min(query.deadline, next_try));
     }
     outcome.detail = tries.back()->trouble();
-    last->blame(1, outcome.detail);
+    last->blame(tries.back()->verified ? 1 : useless, outcome.detail);
 }
 
 Outcome resolve(const Query& query) {

@@ -84,7 +84,8 @@ public:
     void finish() {
         CHECK_EQ(wrong_.load(), 0);
         CHECK_WHY(failed_ + none_ < good_ / 10,
-                  std::to_string(failed_) + " failed, " + std::to_string(none_) + " lost");
+                  std::to_string(failed_) + " failed, " + std::to_string(none_) + " lost\n" +
+                      proxy_->out());
         for (bool tcp : {false, true})  // a second is over, in which it would remember failures
             CHECK(has_address_of(proxy_->ask(make_query("end.test"), tcp), make_query("end.test")));
         proxy_->stop();
@@ -103,9 +104,12 @@ private:
     void judge(const Octets& query, bool fault, const std::optional<Octets>& answer) {
         if (!answer) { none_ += !fault; return; }
         const Answer a(*answer);
-        if (a.id() != get16(query, 0) || (a.rcode() == 0 && (fault || !has_address_of(a, query))))
+        if (a.id() != get16(query, 0) || (a.rcode() == 0 && (fault || !has_address_of(a, query)))) {
+            fprintf(stderr, "wrong: %s, rcode %d, fault %d\n", &query[13], a.rcode(), fault);
             wrong_++;
-        else if (!fault) (a.rcode() == 0 ? good_ : failed_)++;
+        } else if (!fault) {
+            (a.rcode() == 0 ? good_ : failed_)++;
+        }
     }
 
     void be_client(unsigned seed) try {
@@ -129,7 +133,11 @@ private:
             while (patient && !open.empty()) {
                 const auto answer = client.receive(10);
                 const auto which = answer ? open.find(get16(*answer, 0)) : open.begin();
-                if (which == open.end()) { wrong_++; break; }
+                if (which == open.end()) {
+                    fprintf(stderr, "wrong: an id that nobody asked for\n");
+                    wrong_++;
+                    break;
+                }
                 judge(which->second.first, which->second.second, answer);
                 open.erase(which);
             }
