@@ -48,9 +48,11 @@ static Octets without_ours(const Octets& m, const dot::Layout& l) {
     return out;
 }
 
-// Whether something behind `from` could be a pointer; if not, nothing forbids to move it.
-static bool no_pointers(const Octets& m, size_t from) {
-    return std::all_of(m.begin() + from, m.end(), [](int octet) { return octet < 0xc0; });
+// Whether something behind the OPT looks like a pointer to behind it, so that it must not move.
+static bool fixed(const Octets& m, const dot::Layout& l) {
+    for (size_t at = l.opt ? l.opt_end : m.size(); at + 2 <= m.size(); at++)
+        if (get16(m, at) - 0xc000 >= int(l.opt_end)) return true;
+    return false;
 }
 
 // ---- query: any octets -------------------------------------------------------------------------
@@ -79,10 +81,11 @@ static void check_padded(const dot::Query& q, const Octets& padded) {
     const dot::Layout &l = q.layout, p = dot::parse(padded);
     CHECK_WHY(!p.fault, p.fault);
     CHECK(padded.size() <= dot::longest_message && padded.size() <= q.octets.size() + 11 + 4 + 127);
-    const bool may_stay = l.is_signed || l.end != q.octets.size() ||
-                          (l.opt && !no_pointers(q.octets, l.opt_end)) ||
-                          q.octets.size() + 11 + 4 + 127 > dot::longest_message;
-    if (padded == q.octets && may_stay) return;
+    if (l.is_signed || l.end != q.octets.size() || fixed(q.octets, l)) {
+        CHECK(padded == q.octets);
+        return;
+    }
+    if (padded == q.octets && padded.size() + 11 + 4 + 127 > dot::longest_message) return;
     CHECK_EQ(padded.size() % 128, 0u);
     whole(padded);
     CHECK(!p.options.empty() && p.options.back().code == padding);
@@ -113,9 +116,9 @@ static void query(const Octets& octets) {
     const dot::Layout l = dot::parse(back);
     CHECK(dot::matches(q, back, l));
     const auto clean = dot::unpad(q, back, l);
-    // What lies behind the OPT may look like a pointer into what moves: then there is no such form.
-    if (!clean) CHECK(l.opt && !no_pointers(back, l.opt_end));
-    else CHECK(*clean == want);
+    // What could move in the query need not be able to in the answer, whose OPT has another end.
+    CHECK_EQ(!clean, !l.is_signed && fixed(back, l));
+    if (clean) CHECK(*clean == want);
 }
 
 // ---- answer: FLAGS, the query's length in two octets, the query, the answer --------------------
@@ -141,11 +144,9 @@ static void answer(const Octets& in) {
     if (!dot::matches(q, a, l)) return;
     CHECK(!l.fault && get16(a, 0) == get16(q.octets, 0) && (a[2] & 0x80));
     const auto clean = dot::unpad(q, a, l);
-    if (!clean) {
-        CHECK(l.opt && (!no_pointers(a, l.opt_end) || (!q.layout.edns && a[l.opt + 5] != 0)));
-        return;
-    }
-    CHECK(l.is_signed || !l.opt || q.layout.edns || a[l.opt + 5] == 0);  // an extended rcode
+    const bool extended = l.opt && !q.layout.edns && a[l.opt + 5] != 0;  // the rcode
+    CHECK_EQ(!clean, !l.is_signed && (fixed(a, l) || extended));
+    if (!clean) return;
     const dot::Layout c = dot::parse(*clean);
     CHECK_WHY(!c.fault, c.fault);
     if (l.is_signed) {

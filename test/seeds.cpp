@@ -33,10 +33,20 @@ static std::vector<Octets> queries() {
         all.push_back(q);
         q[q.size() - 11] = 1;  // an A record behind it
         all.push_back(q);
+        q[q.size() - 13] = uint8_t(q.size() - 14);  // whose owner is a pointer to itself
+        all.push_back(q);
     }
     for (int type : {252, 251, 28, 65280}) all.push_back(make_query("b.test", type));
     all.push_back(Octets(12, 0));
     return all;
+}
+
+static void save_pair(const std::string& dir, int flags, const Octets& query, const Octets& answer) {
+    Octets in{uint8_t(flags)};
+    append16(in, int(query.size()));
+    append(in, query);
+    append(in, answer);
+    save(dir + "/answer", in);
 }
 
 int main(int argc, char** argv) try {
@@ -51,14 +61,13 @@ int main(int argc, char** argv) try {
         if (!proxy.udp(q, 2)) continue;
         const Seen seen = upstream.seen();
         if (seen.answers.size() == before) continue;
-        for (int flags : {0, 1, 0xfc}) {
-            Octets in{uint8_t(flags)};
-            append16(in, int(q.size()));
-            append(in, q);
-            append(in, seen.answers.back());
-            save(dir + "/answer", in);
-        }
+        for (int flags : {0, 1, 0xfc}) save_pair(dir, flags, q, seen.answers.back());
     }
+    // Options that have no room in an answer that is cut.
+    Octets options{0, 100, 2, 0};
+    options.resize(options.size() + 512);
+    save_pair(dir, 0, make_query("a.test", 1, Edns{}),
+              make_query("a.test", 1, Edns{1232, false, options}, 0x1234, 0x8180));
     proxy.stop();
     const std::string pin = ",pin-sha256=" + Certificates::pin(certificates.leaf(Cert::Good));
     for (const std::string& text :
