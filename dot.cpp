@@ -141,8 +141,7 @@ static void put16(Bytes& m, size_t at, size_t value) {
 std::string type_name(int type) {
     static const std::map<int, const char*> names{
         {0, "-"}, {1, "A"}, {2, "NS"}, {5, "CNAME"}, {6, "SOA"}, {12, "PTR"}, {15, "MX"},
-        {16, "TXT"}, {28, "AAAA"}, {33, "SRV"}, {65, "HTTPS"}, {IXFR, "IXFR"}, {AXFR, "AXFR"},
-        {255, "ANY"}};
+        {16, "TXT"}, {28, "AAAA"}, {33, "SRV"}, {65, "HTTPS"}, {IXFR, "IXFR"}, {AXFR, "AXFR"}};
     const auto known = names.find(type);
     return known != names.end() ? known->second : text("TYPE%d", type);
 }
@@ -324,7 +323,7 @@ Bytes reply(const Query& query, int rcode, int ede) {  // [8]
     out[2] = uint8_t(0x80 | (out[2] & 0x79) | (rcode == cut_short ? 0x02 : 0));  // opcode, RD stay
     out[3] = uint8_t((rcode == SERVFAIL ? 0x80 | (out[3] & 0x10) : 0) | std::max(rcode, 0));
     if (out.size() == header_size) put16(out, 4, 0);  // no question, or one that does not parse
-    Layout own{.dnssec_ok = query.layout.dnssec_ok};
+    Layout own{.options = {}, .dnssec_ok = query.layout.dnssec_ok};
     // Without a text, which could tell what is nobody's business.
     if (ede >= 0) own.options.push_back({error, {uint8_t(ede >> 8), uint8_t(ede)}});
     return query.layout.edns ? set_options(out, own) : out;
@@ -415,12 +414,13 @@ struct Upstream : Peer {
 
     // Whether it may be asked now: it did not fail, or its time of rest is over. Then the caller is
     // the one who tries it: others are told no, for twice as long as before, or until it answers.
-    // One that was no more than late is asked even while it rests, if there is nobody else.
-    bool available(bool even_late) {
+    // In pass 2, when nobody else can be asked, one that was no more than late may be; and in pass
+    // 3 any, every 250 ms: so an outage of all is over for clients soon after it is over.
+    bool available(int pass) {
         Lock lock(mutex_);
-        const bool rested = Clock::now() >= rest_until_;
+        const bool rested = Clock::now() >= (pass < 3 ? rest_until_ : tried_ + milliseconds(250));
         if (rested && failures) rest();
-        return rested || (even_late && points_ < useless);
+        return rested || (pass >= 2 && points_ < useless);
     }
 
     // Three points and no answer in between: it rests for 1 s, doubling to 5 min.
@@ -491,7 +491,8 @@ struct Upstream : Peer {
 private:
     void rest() {
         // RFC 9520 3.2: a failure is remembered for a second at least, and 5 min at most.
-        rest_until_ = Clock::now() + std::min(seconds(300), seconds(1 << std::min(failures++, 9)));
+        tried_ = Clock::now();
+        rest_until_ = tried_ + std::min(seconds(300), seconds(1 << std::min(failures++, 9)));
     }
 
     std::mutex mutex_;  // guards all below
@@ -501,7 +502,7 @@ private:
     Clock::duration idle_limit_ = longest_idle;  // learnt: how long it leaves a connection open
     Clock::duration usual_{};                    // until it answers; 0: unknown
     size_t points_ = 0;
-    Time rest_until_{};
+    Time rest_until_{}, tried_{};
 };
 
 // ---- TLS ---------------------------------------------------------------------------------------
@@ -706,9 +707,9 @@ bool Upstream::tend(bool warm) {
 
 // Whom to ask next: the first in the user's order that is well, rather not the one asked last.
 static Upstream* choose(const Upstream* last) {
-    for (int pass : {0, 1, 2})
+    for (int pass : {0, 1, 2, 3})
         for (auto& one : upstreams)
-            if ((pass > 0 || one.get() != last) && one->available(pass == 2)) return one.get();
+            if ((pass > 0 || one.get() != last) && one->available(pass)) return one.get();
     return nullptr;
 }
 

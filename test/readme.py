@@ -157,8 +157,8 @@ def commands_are_good():
         if line.startswith("docker run") and image in line:
             accepts(line.split(image, 1)[1].split(), line)
     docker = read("Dockerfile")
-    check(re.search(r'ENTRYPOINT .*exec /dot-proxy .*\\"\$@\\"", "dot-proxy"\]', docker), "ENTRYPOINT")
-    check("/image/bin/nslookup" in docker, "no nslookup in the image")
+    check(re.search(r'(?s)ENTRYPOINT .*exec /dot-proxy .*\\"\$@\\"", "dot-proxy"\]', docker), "ENTRYPOINT")
+    check(re.search(r"for tool in [a-z ]*nslookup.*/image/bin/\$tool", docker), "no nslookup in the image")
 
 
 def pin_is_computed_so():
@@ -172,7 +172,7 @@ def pin_is_computed_so():
         other = "A" * 43 + "="
         for one, word in ((pin, "SUCCESS"), (other, "FAILURE")):
             out = rig.run(to=rig.options[1] + ",pin-sha256=" + one)
-            check(out.startswith(word), "pin", one, "gives", out)
+            check(any(line.startswith(word) for line in out.split("\n")), "pin", one, "gives", out)
 
 
 def lines_are_the_programs():
