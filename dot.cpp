@@ -415,10 +415,10 @@ struct Upstream : Peer {
     // Whether it may be asked now: it did not fail, or its time of rest is over. Then the caller is
     // the one who tries it: others are told no, for twice as long as before, or until it answers.
     // In pass 2, when nobody else can be asked, one that was no more than late may be; and in pass
-    // 3 any, every 250 ms: so an outage of all is over for clients soon after it is over.
+    // 3 any, every 100 ms: so an outage of all is over for clients soon after it is over.
     bool available(int pass) {
         Lock lock(mutex_);
-        const bool rested = Clock::now() >= (pass < 3 ? rest_until_ : tried_ + milliseconds(250));
+        const bool rested = Clock::now() >= (pass < 3 ? rest_until_ : tried_ + milliseconds(100));
         if (rested && failures) rest();
         return rested || (pass >= 2 && points_ < useless);
     }
