@@ -415,10 +415,11 @@ struct Upstream : Peer {
     // Whether it may be asked now: it did not fail, or its time of rest is over. Then the caller is
     // the one who tries it: others are told no, for twice as long as before, or until it answers.
     // In pass 2, when nobody else can be asked, one that was no more than late may be; and in pass
-    // 3 any, every 100 ms: so an outage of all is over for clients soon after it is over.
-    bool available(int pass) {
+    // 3 any that has rested for so many ms: so an outage is over for clients soon after it is over.
+    bool available(int pass, int rest_ms) {
         Lock lock(mutex_);
-        const bool rested = Clock::now() >= (pass < 3 ? rest_until_ : tried_ + milliseconds(100));
+        const Time least = tried_ + milliseconds(rest_ms);
+        const bool rested = Clock::now() >= (pass < 3 ? rest_until_ : least);
         if (rested && failures) rest();
         return rested || (pass >= 2 && points_ < useless);
     }
@@ -706,10 +707,10 @@ bool Upstream::tend(bool warm) {
 // ---- The whole way -----------------------------------------------------------------------------
 
 // Whom to ask next: the first in the user's order that is well, rather not the one asked last.
-static Upstream* choose(const Upstream* last) {
+static Upstream* choose(const Upstream* last, int rest_ms) {
     for (int pass : {0, 1, 2, 3})
         for (auto& one : upstreams)
-            if ((pass > 0 || one.get() != last) && one->available(pass)) return one.get();
+            if ((pass % 3 || one.get() != last) && one->available(pass, rest_ms)) return one.get();
     return nullptr;
 }
 
@@ -755,7 +756,8 @@ static void ask(const Query& query, const Bytes& message, Outcome& outcome) {
         const bool race = late && race_budget >= race_price;
         // RFC 9520 3.1: three at most.
         const bool more = tries.size() < 3 && (!running || race);
-        Upstream* const next = more ? choose(last) : nullptr;
+        // A query whose upstream failed may try one that rests at once.
+        Upstream* const next = more ? choose(last, last && !running ? 0 : 100) : nullptr;
         if (!running && !next) return;
         if (late && next && next != last) last->blame(1, tries.back()->trouble());
         if (late && next) race_budget -= race_price;
