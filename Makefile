@@ -1,6 +1,6 @@
 # make | run | demo | bench | test [SANITIZE=address,undefined|thread] | clean. See README.md.
 # Longer tests: fuzz [SECONDS=60] | soak [N=200000] |
-# outage [SECONDS=60]. They fail if they find something.
+# outage [SECONDS=60] | flood. They fail if they find something.
 SANITIZE =
 COMMA = ,
 DIR = build$(if $(SANITIZE),/$(subst $(COMMA),-,$(SANITIZE)))
@@ -17,7 +17,7 @@ $(DIR)/dot-proxy: main.cpp dot.cpp dot.hpp Makefile
 run: $(DIR)/dot-proxy
 	$< --listen 127.0.0.1@5300
 
-LONG = seeds soak outage
+LONG = seeds soak outage flood
 $(addprefix $(DIR)/test/,all upstream $(LONG)): $(DIR)/test/%: $(DIR)/dot-proxy
 	cmake -S test -B $(DIR)/test -DPROXY=$(abspath $<) -DSANITIZE=$(SANITIZE) >/dev/null
 	@+cmake --build $(DIR)/test --target $* -j $$(nproc) >/dev/null
@@ -42,6 +42,9 @@ soak: $(DIR)/test/soak
 outage: $(DIR)/test/outage
 	@PROXY=$(abspath $(DIR)/dot-proxy) SECONDS=$(SECONDS) $<
 
+flood: $(DIR)/test/flood
+	@PROXY=$(abspath $(DIR)/dot-proxy) $<
+
 clean:
 	rm -rf build
-.PHONY: run demo bench test fuzz soak outage clean $(addprefix $(DIR)/test/,all upstream $(LONG))
+.PHONY: run demo bench test fuzz soak outage flood clean $(addprefix $(DIR)/test/,all upstream $(LONG))

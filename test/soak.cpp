@@ -1,8 +1,6 @@
 // soak.cpp - many queries, and clients and upstreams of every bad manner, through one proxy; when
 // it is quiet again it must hold no more threads, open files and memory than early on.
 // usage: PROXY=... [N=200000] soak
-#include <dirent.h>
-
 #include <algorithm>
 #include <array>
 #include <mutex>
@@ -10,33 +8,14 @@
 #include <thread>
 
 #include "program.hpp"
+#include "usage.hpp"
 
 using namespace test;
-
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr bool memory_counts = false;  // theirs is not the program's; and all is slow
-#else
-constexpr bool memory_counts = true;
-#endif
 
 // How the upstream maltreats a query in twenty; the client must see SERVFAIL, or no more.
 static const char* const faults[] = {"close", "reset", "cut", "cutclean", "halflength", "drip",
                                      "garbage", "zero", "five", "long", "wrongid", "wrongname",
                                      "short", "query", "silent"};
-
-struct Usage { int threads, files; long kilobytes; };
-
-static Usage usage_of(pid_t pid) {
-    const std::string proc = "/proc/" + std::to_string(pid);
-    const std::string status = contents(proc + "/status");
-    const auto number = [&](const char* key) { return atol(&status[status.find(key) + strlen(key)]); };
-    Usage u{int(number("Threads:")), -3, number("VmRSS:")};  // ".", "..", and the last nullptr
-    DIR* files = opendir((proc + "/fd").c_str());
-    do u.files++; while (readdir(files));
-    closedir(files);
-    u.files++;
-    return u;
-}
 
 class Soak {
 public:
