@@ -415,11 +415,10 @@ struct Upstream : Peer {
     // Whether it may be asked now: it did not fail, or its time of rest is over. Then the caller is
     // the one who tries it: others are told no, for twice as long as before, or until it answers.
     // In pass 2, when nobody else can be asked, one that was no more than late may be; and in pass
-    // 3 any that has rested for so many ms: so an outage is over for clients soon after it is over.
-    bool available(int pass, int rest_ms) {
+    // 3 any that rested for `wait` ms: so that an outage is over for clients soon after it is over.
+    bool available(int pass, int wait) {
         Lock lock(mutex_);
-        const Time least = tried_ + milliseconds(rest_ms);
-        const bool rested = Clock::now() >= (pass < 3 ? rest_until_ : least);
+        const bool rested = Clock::now() >= (pass < 3 ? rest_until_ : tried_ + milliseconds(wait));
         if (rested && failures) rest();
         return rested || (pass >= 2 && points_ < useless);
     }
@@ -707,10 +706,10 @@ bool Upstream::tend(bool warm) {
 // ---- The whole way -----------------------------------------------------------------------------
 
 // Whom to ask next: the first in the user's order that is well, rather not the one asked last.
-static Upstream* choose(const Upstream* last, int rest_ms) {
+static Upstream* choose(const Upstream* last, int wait) {
     for (int pass : {0, 1, 2, 3})
         for (auto& one : upstreams)
-            if ((pass % 3 || one.get() != last) && one->available(pass, rest_ms)) return one.get();
+            if ((pass % 3 || one.get() != last) && one->available(pass, wait)) return one.get();
     return nullptr;
 }
 
