@@ -208,8 +208,8 @@ Query::Query(Bytes octets, bool tcp)
 void Query::tell(int step, const std::string& what, const Bytes& message) const {
     if (settings.verbose == 0) return;
     std::string hex;
-    for (uint8_t octet : message) hex += text(" %02x", octet);
-    if (settings.verbose == 1) hex.clear();
+    if (settings.verbose > 1)
+        for (uint8_t octet : message) hex += text(" %02x", octet);
     say(text("#%u [%d] %7.1f ms  ", number, step, ms(Clock::now() - taken)) + what + hex);
 }
 
@@ -506,7 +506,7 @@ private:
 };
 
 // ---- TLS ---------------------------------------------------------------------------------------
-// Every setting that decides whom the proxy trusts is in prepare() and Connection::expect().
+// Every setting that decides whom the proxy trusts is in prepare() and Connection().
 
 // RFC 8446 4.6.1: a lifetime of 0 means discard it, and no server may say more than a week (when it
 // is over OpenSSL sees). TLS 1.2 need not say.
@@ -758,10 +758,10 @@ static void ask(const Query& query, const Bytes& message, Outcome& outcome) {
         // A query whose upstream failed may try one that rests at once.
         Upstream* const next = more ? choose(last, last && !running ? 0 : 100) : nullptr;
         if (!running && !next) return;
-        if (late && next && next != last) last->blame(1, tries.back()->trouble());
-        if (late && next) race_budget -= race_price;
-        count("raced", late && next);
-        if (next) {
+        if (next) {  // while another runs: a race
+            if (running && next != last) last->blame(1, tries.back()->trouble());
+            if (running) race_budget -= race_price;
+            if (running) count("raced");
             tries.push_back(connect_to(*(last = next)));
             tries.back()->send(query, message);
         }

@@ -212,8 +212,8 @@ static void serve_udp(int fd) {
                           client->control, sizeof client->control, 0};
         const ssize_t size = recvmsg(fd, &client->header, 0);
         if (size < 0) continue;  // an ICMP error for an answer sent before; nothing to do
-        count("denied", !may_ask(client->address));
         if (may_ask(client->address)) take({buffer.begin(), buffer.begin() + size}, client);
+        else count("denied");
     }
 }
 

@@ -175,7 +175,8 @@ TEST("soak.nothing_grows") {
         soak.restart(asked / step % 2);
     }
     CHECK_WHY(last.threads <= first.threads + 1, std::to_string(last.threads) + " threads");
-    CHECK_WHY(last.files <= first.files + 3, std::to_string(last.files) + " open files");
+    // When it is quiet the stocks of both upstreams may be full, two each, or still be empty.
+    CHECK_WHY(last.files <= first.files + 4, std::to_string(last.files) + " open files");
     if (memory_counts)
         CHECK_WHY(last.kilobytes <= first.kilobytes * 6 / 5 + 2048,
                   std::to_string(last.kilobytes) + " kB");
