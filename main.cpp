@@ -164,10 +164,10 @@ struct Client {
 
 static bool finish(const Query& query, Client& client, const Outcome& outcome) {
     const std::string rcode = rcode_name(outcome.octets[3] & 15);
-    client.answer(outcome.octets);
     count(rcode);
     count(outcome.winner ? "success" : "failure");
     if (!outcome.winner) count("failure:" + outcome.detail);
+    client.answer(outcome.octets);
     if (settings.quiet) return true;
     say(text("%s %s %s %s %zu octets %.1f ms%s %s", outcome.winner ? "SUCCESS" : "FAILURE",
              query.tcp ? "tcp" : "udp", type_name(query.layout.type).c_str(), rcode.c_str(),
