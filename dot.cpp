@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bitset>
 #include <cstdarg>
 #include <cstring>
 #include <deque>
@@ -44,12 +45,12 @@ double ms(Clock::duration time) { return std::chrono::duration<double, std::mill
 static std::mutex counting;  // guards what follows
 static std::map<std::string, int> counts{
     {"udp", 0}, {"tcp", 0}, {"success", 0}, {"failure", 0}, {"denied", 0}, {"raced", 0},
-    {"race_won", 0}, {"dialled", 0}, {"ready", 0}, {"resumed", 0}};
+    {"race_won", 0}, {"dialled", 0}, {"ready", 0}, {"resumed", 0}, {"in_flight_most", 0}};
 
-void count(std::string name, int more) {
+void count(std::string name, int more, bool most) {
     std::replace(name.begin(), name.end(), ' ', '_');
     Lock lock(counting);
-    counts[name] += more;
+    counts[name] = most ? std::max(counts[name], more) : counts[name] + more;
 }
 
 std::string totals() {
@@ -60,6 +61,12 @@ std::string totals() {
 }
 
 // ---- What the user asked for -------------------------------------------------------------------
+
+std::string Address::bits() const {
+    std::string bits = is_v4() ? "4" : "6";
+    for (int i = 0; i < (is_v4() ? 4 : 16); i++) bits += std::bitset<8>(octets()[i]).to_string();
+    return bits;
+}
 
 std::string Address::str() const {
     char name[INET6_ADDRSTRLEN] = "?";
@@ -87,12 +94,12 @@ Address parse_address(const std::string& from, int default_port) {
     return a;
 }
 
-Prefix parse_prefix(const std::string& from) {
+std::string parse_prefix(const std::string& from) {
     const size_t slash = from.find('/');
-    const Address address = parse_address(from.substr(0, slash), 0);
-    const int most = address.is_v4() ? 32 : 128;
-    const bool whole = slash == from.npos;
-    return {address, whole ? most : parse_number(from.substr(slash + 1), 0, most, "prefix length")};
+    const std::string bits = parse_address(from.substr(0, slash), 0).bits();
+    if (slash == from.npos) return bits;
+    const int most = int(bits.size()) - 1;
+    return bits.substr(0, 1 + parse_number(from.substr(slash + 1), 0, most, "prefix length"));
 }
 
 std::vector<Peer> parse_upstream(const std::string& from) {
@@ -164,8 +171,7 @@ static size_t skip_name(const Bytes& m, size_t at, bool pointers) {
 
 // What the OPT record from `start`, with its type at `type`, says of its sender, RFC 6891 6.1.
 static void parse_opt(const Bytes& m, size_t start, size_t type, size_t end, Layout& l) {
-    if (l.edns) l.fault = "more than one OPT";
-    l.edns = true;
+    if (l.opt) l.fault = "more than one OPT";
     l.udp_size = size_t(u16(m, type + 2));
     l.dnssec_ok = m[type + 6] & 0x80;
     l.opt = start;
@@ -291,7 +297,7 @@ std::optional<Bytes> unpad(const Query& query, Bytes a, Layout l) {  // [7]
     if (!l.opt) return a;
     if (!movable(a, l.opt_end)) return std::nullopt;
     std::erase_if(l.options, [](auto& o) { return o.code == padding || o.code == keepalive; });
-    if (query.layout.edns) return set_options(a, l);
+    if (query.layout.opt) return set_options(a, l);
     if (a[l.opt + 5] != 0) return std::nullopt;  // its low four bits alone are another rcode
     a.erase(a.begin() + l.opt, a.begin() + l.opt_end);
     put16(a, arcount_at, u16(a, arcount_at) - 1);
@@ -315,7 +321,7 @@ Bytes cut(const Query& query, Bytes a, size_t most_udp) {  // [8]
     out[2] |= 0x02;  // TC
     // RFC 6891 7: OPT stays. RFC 8914 3: its options go if there is no room for them.
     if (out.size() + (l.opt_end - l.opt) > limit) own.options.clear();
-    return query.layout.edns ? set_options(out, own) : out;
+    return query.layout.opt ? set_options(out, own) : out;
 }
 
 Bytes reply(const Query& query, int rcode, int ede) {  // [8]
@@ -326,7 +332,7 @@ Bytes reply(const Query& query, int rcode, int ede) {  // [8]
     Layout own{.options = {}, .dnssec_ok = query.layout.dnssec_ok};
     // Without a text, which could tell what is nobody's business.
     if (ede >= 0) own.options.push_back({error, {uint8_t(ede >> 8), uint8_t(ede)}});
-    return query.layout.edns ? set_options(out, own) : out;
+    return query.layout.opt ? set_options(out, own) : out;
 }
 
 // ---- Streams and framing -----------------------------------------------------------------------
@@ -362,27 +368,20 @@ std::optional<Bytes> read_frame(int fd, Time until) {
 
 // ---- Who may ask, and how much -----------------------------------------------------------------
 
-static bool within(const std::vector<Prefix>& list, const Address& one) {
-    return std::any_of(list.begin(), list.end(), [&](const Prefix& prefix) {
-        const uint8_t *a = prefix.address.octets(), *b = one.octets();
-        int bit = prefix.address.is_v4() == one.is_v4() ? 0 : 999;
-        while (bit < prefix.bits && !((a[bit / 8] ^ b[bit / 8]) & 0x80 >> bit % 8)) bit++;
-        return bit == prefix.bits;
-    });
+bool may_ask(const Address& client) {
+    const auto begins = [bits = client.bits()](auto& prefix) { return bits.starts_with(prefix); };
+    return std::ranges::any_of(settings.allow, begins) &&
+           std::ranges::none_of(settings.deny, begins);
 }
-
-bool may_ask(const Address& a) { return within(settings.allow, a) && !within(settings.deny, a); }
 
 bool over_rate(const Address& client, bool tcp) {
     static std::mutex mutex;               // guards what follows
-    static std::map<Bytes, Time> buckets;  // when each is full again, and as good as none
+    static std::map<std::string, Time> buckets;  // when each is full again, and as good as none
     if (settings.rate == 0) return false;
     Lock lock(mutex);
     // A flood from everywhere: rather may all ask a little more than is one locked out.
     if (buckets.size() == 16384) buckets.clear();
-    Bytes key = client.host();
-    key.push_back(tcp);
-    Time &full = buckets[key], now = Clock::now();
+    Time &full = buckets[client.host() + (tcp ? " tcp" : " udp")], now = Clock::now();
     const Time then = std::max(full, now) + std::chrono::nanoseconds(1000000000 / settings.rate);
     const bool over = then > now + seconds(1);  // a bucket holds one second's worth
     if (!over) full = then;
@@ -788,9 +787,6 @@ Outcome resolve(const Query& query) {
     ask(query, message, outcome);
     if (!outcome.winner) outcome.octets = reply(query, SERVFAIL, 23);  // EDE: Network Error
     outcome.octets = cut(query, outcome.octets, size_t(settings.max_udp));  // [8]
-    const char* tc = outcome.octets[2] & 0x02 ? ", TC: there is more" : "";
-    const std::string rcode = rcode_name(outcome.octets[3] & 15);
-    query.tell(8, rcode + text(", %zu octets%s", outcome.octets.size(), tc), outcome.octets);
     return outcome;
 }
 

@@ -46,8 +46,8 @@ std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
 // Prints a line on stdout in one write(2), so that the lines of many threads do not mix.
 void say(const std::string& line);
 double ms(Clock::duration duration);
-// Adds to one of the totals, which the program prints as a line of name=value.
-void count(std::string name, int more = 1);
+// Adds to one of the totals, which the program prints as a line of name=value; or keeps the `most`.
+void count(std::string name, int more = 1, bool most = false);
 std::string totals();
 
 // ---- What the user asked for ------------------------------------------------------------------
@@ -58,18 +58,18 @@ union Address {
     sockaddr_in v4;
     sockaddr_in6 v6{};
     socklen_t size() const { return is_v4() ? sizeof v4 : sizeof v6; }
-    std::string str() const;  // "1.1.1.1@853"
+    std::string str() const;   // "1.1.1.1@853"
+    std::string bits() const;  // "4" or "6" and its bits, "400000001...", so that a prefix is one
+    std::string host() const { return bits().substr(0, 1 + 64); }  // of IPv6 the network
     bool is_v4() const { return any.sa_family == AF_INET; }
-    Bytes host() const { return {octets(), octets() + (is_v4() ? 4 : 8)}; }  // of IPv6 the network
     const uint8_t* octets() const { return (const uint8_t*)&any + (is_v4() ? 4 : 8); }
 };
 Address parse_address(const std::string& from, int default_port);  // ADDR[@PORT]; throws BadOption
 // All of `from` as a number from `least` to `most`; throws BadOption that names `what`.
 int parse_number(const std::string& from, int least, int most, const std::string& what);
 
-// The addresses that begin with the same bits.
-struct Prefix { Address address; int bits; };
-Prefix parse_prefix(const std::string& from);  // ADDR[/BITS]; throws BadOption
+// The bits with which an address of ADDR[/BITS] begins; throws BadOption.
+std::string parse_prefix(const std::string& from);
 
 // One address of a resolver, and who it must prove to be.
 struct Peer {
@@ -85,7 +85,7 @@ struct Settings {
     std::vector<Address> listen;
     std::vector<Peer> upstreams;
     std::vector<std::string> ca;  // files of the certificates to trust; none: the system's
-    std::vector<Prefix> allow, deny;
+    std::vector<std::string> allow, deny;  // prefixes
     int rate = 0, queries = 512, timeout = 4000, ready = 64, max_udp = 1232, verbose = 0;
     bool reuse = false, quiet = false;
     int uid = -1, gid = -1;  // of whom to become; -1: who it is
@@ -109,10 +109,9 @@ struct Layout {
     const char* fault = nullptr;  // why it does not parse; nullptr: it does
     int type = 0;                 // of the question
     size_t question_end = header_size;
-    size_t opt = 0, opt_end = 0;  // the OPT record; 0: it has none
+    size_t opt = 0, opt_end = 0;  // the OPT record, even if a faulty one; 0: it has none
     size_t end = header_size;     // of the last record; the message may go on behind it
     std::vector<Option> options;  // of the OPT record
-    bool edns = false;            // an OPT was seen, even if a faulty one
     bool dnssec_ok = false;       // its DO bit
     size_t udp_size = 512;        // the longest UDP answer its sender takes
     bool is_signed = false;       // ends in TSIG (RFC 8945) or SIG(0) (RFC 2931)

@@ -112,11 +112,10 @@ static int open_listener(const Address& address, int type) {
 
 // A counted permit is taken before a thread starts and given back by its destructor. That bounds
 // threads, memory and the handshakes strangers can cause, and tells when the last thread is done.
-struct GiveBack { void operator()(sem_t* slots) const { sem_post(slots); } };
-using Permit = std::unique_ptr<sem_t, GiveBack>;
+using Permit = std::shared_ptr<sem_t>;
 
 static Permit take_slot(sem_t& slots, bool wait) {  // empty: there is none now
-    return Permit((wait ? sem_wait(&slots) : sem_trywait(&slots)) == 0 ? &slots : nullptr);
+    return (wait ? sem_wait(&slots) : sem_trywait(&slots)) ? nullptr : Permit(&slots, sem_post);
 }
 
 static sem_t query_slots, client_slots;
@@ -164,6 +163,8 @@ struct Client {
 
 static bool finish(const Query& query, Client& client, const Outcome& outcome) {
     const std::string rcode = rcode_name(outcome.octets[3] & 15);
+    const char* tc = outcome.octets[2] & 0x02 ? ", TC: there is more" : "";
+    query.tell(8, rcode + text(", %zu octets%s", outcome.octets.size(), tc), outcome.octets);
     count(rcode);
     count(outcome.winner ? "success" : "failure");
     if (!outcome.winner) count("failure:" + outcome.detail);
@@ -194,6 +195,9 @@ static bool take(Bytes octets, const std::shared_ptr<Client>& client) {
         return finish(*query, *client, {reply(*query, verdict.rcode), verdict.why});
     // A TCP client can wait, and then sends no more. A UDP query is never silently lost.
     Permit permit = take_slot(query_slots, tcp);
+    int free = 0;
+    sem_getvalue(&query_slots, &free);
+    count("in_flight_most", settings.queries - free, true);
     if (permit && detach([query, client, permit = std::move(permit)]() mutable {
             Outcome outcome = resolve(*query);
             finish(*query, *client, outcome);
@@ -218,7 +222,7 @@ static void serve_udp(int fd) {
 }
 
 static void serve_tcp(int listener) {
-    static thread_local std::map<Bytes, sem_t> slots_of;  // each host that may ask: 64
+    static thread_local std::map<std::string, sem_t> slots_of;  // each host that may ask: 64
     for (;;) {
         Permit all = take_slot(client_slots, true);  // until then they wait in the backlog
         Address from;
@@ -228,7 +232,7 @@ static void serve_tcp(int listener) {
             std::this_thread::sleep_for(milliseconds(20));
             continue;
         }
-        const auto [slots, fresh] = slots_of.try_emplace(may_ask(from) ? from.host() : Bytes{});
+        const auto [slots, fresh] = slots_of.try_emplace(may_ask(from) ? from.host() : "");
         if (fresh) sem_init(&slots->second, 0, slots->first.empty() ? 0 : 64);
         Permit one = take_slot(slots->second, false);
         std::shared_ptr<Client> client(new Client{true, fd, from, std::move(all), std::move(one)});

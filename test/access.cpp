@@ -268,6 +268,19 @@ TEST("totals.count_what_happens") {
     s.proxy.stop();
 }
 
+TEST("totals.the_most_in_flight_are_kept") {
+    Setup s({});
+    CHECK_EQ(s.proxy.ask(make_query("a.test")).rcode(), 0);
+    CHECK_EQ(s.total("in_flight_most"), 1);
+    Client client(SOCK_DGRAM, s.proxy.port);
+    for (int id = 1; id <= 5; id++) client.send(make_query("slow1000.test", 1, {}, id));
+    for (int id = 1; id <= 5; id++) CHECK(client.receive(10));
+    CHECK_EQ(s.total("in_flight_most"), 5);
+    CHECK_EQ(s.proxy.ask(make_query("a.test")).rcode(), 0);
+    CHECK_EQ(s.total("in_flight_most"), 5);
+    s.proxy.stop();
+}
+
 TEST("totals.a_failing_upstream_is_told_once_and_when_it_answers_again") {
     Setup s({"-k", "0"});
     const Options good, bad{.accept = Options::Close};

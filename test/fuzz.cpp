@@ -28,7 +28,7 @@ static dot::Layout whole(const Octets& m) {
     const dot::Layout l = dot::parse(m);
     CHECK_WHY(!l.fault, l.fault);
     CHECK_EQ(l.end, m.size());
-    CHECK_EQ(Answer(m).has_opt, l.edns);
+    CHECK_EQ(Answer(m).has_opt, l.opt != 0);
     return l;
 }
 
@@ -71,8 +71,8 @@ static void check_replies(const dot::Query& q) {
         CHECK_EQ((r[2] ^ q.octets[2]) & 0x79, 0);  // opcode and RD stay
         CHECK_EQ(r[3] & 15, std::max(rcode, 0));
         CHECK_EQ((r[2] & 2) != 0, rcode == dot::cut_short);
-        CHECK(own.edns == l.edns && records(r) == l.edns);
-        CHECK_EQ(own.options.size(), size_t(l.edns && ede >= 0));
+        CHECK(!own.opt == !l.opt && records(r) == (l.opt != 0));
+        CHECK_EQ(own.options.size(), size_t(l.opt && ede >= 0));
     }
 }
 
@@ -144,7 +144,7 @@ static void answer(const Octets& in) {
     if (!dot::matches(q, a, l)) return;
     CHECK(!l.fault && get16(a, 0) == get16(q.octets, 0) && (a[2] & 0x80));
     const auto clean = dot::unpad(q, a, l);
-    const bool extended = l.opt && !q.layout.edns && a[l.opt + 5] != 0;  // the rcode
+    const bool extended = l.opt && !q.layout.opt && a[l.opt + 5] != 0;  // the rcode
     CHECK_EQ(!clean, !l.is_signed && (fixed(a, l) || extended));
     if (!clean) return;
     const dot::Layout c = dot::parse(*clean);
@@ -153,8 +153,8 @@ static void answer(const Octets& in) {
         CHECK(*clean == a);
     } else {
         CHECK(clean->size() <= a.size() && std::none_of(c.options.begin(), c.options.end(), ours));
-        CHECK_EQ(c.edns, l.edns && q.layout.edns);
-        CHECK_EQ(records(*clean), records(a) - (l.edns && !c.edns));
+        CHECK_EQ(c.opt != 0, l.opt && q.layout.opt);
+        CHECK_EQ(records(*clean), records(a) - (l.opt && !c.opt));
         if (get16(a, 4))  // the client's own spelling
             CHECK(std::equal(clean->begin() + 12, clean->begin() + c.question_end,
                              q.octets.begin() + 12));
@@ -169,8 +169,8 @@ static void answer(const Octets& in) {
         return;
     }
     CHECK(short_one[2] & 2);
-    CHECK_EQ(whole(short_one).edns, q.layout.edns);
-    CHECK_EQ(records(short_one), int(q.layout.edns));
+    CHECK_EQ(!whole(short_one).opt, !q.layout.opt);
+    CHECK_EQ(records(short_one), int(q.layout.opt != 0));
     // Many questions, which other opcodes than QUERY may have, are not cut; they were sent so.
     CHECK(short_one.size() <= limit ||
           (get16(q.octets, 4) > 1 && short_one.size() <= q.layout.question_end + 11));
@@ -208,10 +208,10 @@ static void options(const Octets& in) {
         } else if (in[0] == 'a') {
             check_address(dot::parse_address(from, 853));
         } else if (in[0] == 'p') {
-            const dot::Prefix p = dot::parse_prefix(from);
-            CHECK(p.bits >= 0 && p.bits <= (p.address.is_v4() ? 32 : 128));
-            const Text host = p.address.str().substr(0, p.address.str().find('@'));
-            CHECK_EQ(dot::parse_prefix(host + "/" + std::to_string(p.bits)).bits, p.bits);
+            const Text bits = dot::parse_prefix(from), host = from.substr(0, from.find('/'));
+            CHECK(bits.size() >= 1 && bits.size() <= (bits[0] == '4' ? 33 : 129));
+            CHECK(dot::parse_address(host, 853).bits().starts_with(bits));
+            CHECK_EQ(dot::parse_prefix(host + "/" + std::to_string(bits.size() - 1)), bits);
         } else {
             const auto peers = dot::parse_upstream(from);
             CHECK(!peers.empty());

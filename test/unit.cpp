@@ -32,10 +32,10 @@ TEST("parse.finds_the_parts_of_a_message") {
     const auto l = dot::parse(make_query("a.test", 1, Edns{1400, true, {0, 3, 0, 0}}));
     CHECK(!l.fault);
     CHECK_EQ(l.question_end, 24u);
-    CHECK(l.opt == 24 && l.opt_end == 39 && l.end == 39 && l.edns && l.dnssec_ok && !l.is_signed);
+    CHECK(l.opt == 24 && l.opt_end == 39 && l.end == 39 && l.dnssec_ok && !l.is_signed);
     CHECK_EQ(l.udp_size, 1400u);
     const auto none = dot::parse(plain);
-    CHECK(!none.fault && none.opt == 0 && !none.edns && none.udp_size == 512);
+    CHECK(!none.fault && none.opt == 0 && none.udp_size == 512);
 }
 
 TEST("parse.faults") {
