@@ -568,7 +568,6 @@ struct Connection {
     ~Connection() {
         // Without this OpenSSL takes the session for broken and never resumes it. RFC 8446 6.1.
         if (verified && why_.empty()) SSL_shutdown(ssl.get());
-        ERR_clear_error();  // a stale error would be taken for one of this thread's next connection
         if (fd >= 0) close(fd);
     }
 

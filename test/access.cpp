@@ -14,26 +14,9 @@
 using namespace test;
 
 // A client's socket from one address to another; both of IPv4 or both of IPv6.
-struct From {
-    From(int type, const std::string& from, const std::string& to, int port) : tcp(type == SOCK_STREAM) {
-        const bool six = to.find(':') != std::string::npos;
-        fd = socket(six ? AF_INET6 : AF_INET, type | SOCK_CLOEXEC, 0);
-        const socklen_t size = six ? sizeof place : sizeof(sockaddr_in);
-        CHECK_EQ(bind(fd, at(from, 0), size), 0);
-        connected = connect(fd, at(to, port), size) == 0;
-    }
-    From(const From&) = delete;
-    ~From() { close(fd); }
-
-    const sockaddr* at(const std::string& address, int port) {
-        const bool six = address.find(':') != std::string::npos;
-        place = {};
-        auto& v4 = reinterpret_cast<sockaddr_in&>(place);
-        place.sin6_family = six ? AF_INET6 : AF_INET;
-        v4.sin_port = htons(uint16_t(port));
-        inet_pton(place.sin6_family, address.c_str(), six ? (void*)&place.sin6_addr : &v4.sin_addr);
-        return reinterpret_cast<const sockaddr*>(&place);
-    }
+struct From : Client {
+    From(int type, const std::string& from, const std::string& to, int port)
+        : Client(type, port, to, from) {}
 
     // The answer; nullopt: none within that time, or the connection was closed.
     std::optional<Octets> ask(const Octets& query, double seconds = 20) {
@@ -47,10 +30,6 @@ struct From {
         if (got < (tcp ? 3 : 1)) return {};
         return Octets(in.begin() + (tcp ? 2 : 0), in.begin() + got);
     }
-
-    int fd;
-    bool tcp, connected;
-    sockaddr_in6 place{};
 };
 
 struct Setup {

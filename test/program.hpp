@@ -211,16 +211,24 @@ inline bool has_address_of(const Answer& a, const Octets& query) {
 
 // A client's socket to 127.0.0.1, or another address.
 struct Client {
-    Client(int type, int port, const std::string& address = "127.0.0.1") {
+    // `from`: its own address, if not just any.
+    Client(int type, int port, const std::string& to = "127.0.0.1", const std::string& from = "")
+        : tcp(type == SOCK_STREAM) {
+        const bool six = to.find(':') != std::string::npos;
+        const socklen_t size = six ? sizeof(sockaddr_in6) : sizeof(sockaddr_in);
+        fd = socket(six ? AF_INET6 : AF_INET, type | SOCK_CLOEXEC, 0);
+        const sockaddr_in6 there = place(to, port), here = place(from, 0);
+        if (!from.empty()) CHECK_EQ(bind(fd, (const sockaddr*)&here, size), 0);
+        connected = connect(fd, (const sockaddr*)&there, size) == 0;
+    }
+    static sockaddr_in6 place(const std::string& address, int port) {
         sockaddr_in6 v6{};
         auto& v4 = reinterpret_cast<sockaddr_in&>(v6);
         const bool six = address.find(':') != std::string::npos;
         v6.sin6_family = six ? AF_INET6 : AF_INET;
         v4.sin_port = htons(uint16_t(port));
         inet_pton(v6.sin6_family, address.c_str(), six ? (void*)&v6.sin6_addr : &v4.sin_addr);
-        fd = socket(v6.sin6_family, type | SOCK_CLOEXEC, 0);
-        connected = connect(fd, (sockaddr*)&v6, six ? sizeof v6 : sizeof v4) == 0;
-        tcp = type == SOCK_STREAM;
+        return v6;
     }
     Client(const Client&) = delete;
     ~Client() { close(fd); }

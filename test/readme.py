@@ -130,8 +130,9 @@ def every_block_is_of_a_known_kind():
     for kind in KINDS:
         blocks(kind)
     lines = read("README.md").split("\n")
-    for number, line in enumerate(lines, 1):  # the test's packages are in one line
-        check(len(line) <= 120 or line.startswith(("    apt-get ", "      openssl ")), "line", number, "is too wide")
+    for number, line in enumerate(lines, 1):  # some lines cannot be broken
+        check(len(line) <= 120 or line.startswith(("    apt-get ", "      openssl ", "    TOTALS")),
+              "line", number, "is too wide")
     check(len(lines) <= 480, len(lines), "lines are too many")
 
 

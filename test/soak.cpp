@@ -95,7 +95,11 @@ private:
         std::mt19937 random(seed + unsigned(left_));
         while (left_ > 0) {
             const bool tcp = random() % 4 == 0, patient = random() % 10 > 0;
-            Client client(tcp ? SOCK_STREAM : SOCK_DGRAM, proxy_->port);
+            // An address of its own, or it might get the answer to one that left and had its port.
+            const unsigned n = ++clients_;
+            const std::string from = "127." + std::to_string(1 + n / 65536) + "." +
+                                     std::to_string(n / 256 % 256) + "." + std::to_string(n % 256);
+            Client client(tcp ? SOCK_STREAM : SOCK_DGRAM, proxy_->port, "127.0.0.1", from);
             std::map<int, std::pair<Octets, bool>> open;
             for (int i = 0, n = tcp ? 1 + int(random() % 10) : 1; i < n && left_-- > 0; i++) {
                 bool fault;
@@ -157,6 +161,7 @@ private:
     std::unique_ptr<Proxy> proxy_;
     Usage idle_{};
     int asked_ = 0;
+    std::atomic<unsigned> clients_{0};
     std::atomic<int> left_{0}, good_{0}, failed_{0}, none_{0}, wrong_{0}, left_early_{0};
 };
 
