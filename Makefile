@@ -1,4 +1,5 @@
 # make | run | demo | bench | test [SANITIZE=address,undefined|thread] | clean. See README.md.
+# exercises: prove the code-review exercises | exercise N=07: a copy of the tree with that one applied.
 # Longer tests: fuzz [SECONDS=60] | soak [N=200000] |
 # outage [SECONDS=60] | flood. They fail if they find something.
 SANITIZE =
@@ -45,6 +46,16 @@ outage: $(DIR)/test/outage
 flood: $(DIR)/test/flood
 	@PROXY=$(abspath $(DIR)/dot-proxy) $<
 
+exercises:
+	@test/exercises/prove.sh
+
+exercise:
+	@set -- test/exercises/$(N)-*.patch; test -f "$$1" || \
+	  { echo "which one? make exercise N=01, or another of:" $$(ls test/exercises | sed -n 's/-.*patch$$//p') >&2; exit 1; }; \
+	tree=build/exercise-$(N); rm -rf $$tree; mkdir -p $$tree; \
+	cp -r main.cpp dot.cpp dot.hpp Makefile README.md test $$tree && rm -r $$tree/test/exercises/[0-9a]* && \
+	patch -d $$tree -p1 --fuzz=0 <"$$1" >/dev/null && sed -n '/^Subject/,/^---$$/p' "$$1" && echo "is applied in $$tree"
+
 clean:
 	rm -rf build
-.PHONY: run demo bench test fuzz soak outage flood clean $(addprefix $(DIR)/test/,all upstream $(LONG))
+.PHONY: run demo bench test fuzz soak outage flood exercises exercise clean $(addprefix $(DIR)/test/,all upstream $(LONG))

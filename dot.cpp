@@ -566,7 +566,7 @@ struct Connection {
     }
 
     ~Connection() {
-        // Without this OpenSSL takes the session for broken and never resumes it. RFC 8446 6.1.
+        // RFC 8446 6.1: else the other end could not tell this from an attacker's cut.
         if (verified && why_.empty()) SSL_shutdown(ssl.get());
         if (fd >= 0) close(fd);
     }

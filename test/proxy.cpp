@@ -818,6 +818,20 @@ TEST("failover.an_upstream_that_failed_rests_and_comes_back") {  // (91, 99)
     proxy.stop();
 }
 
+// What went wrong with one connection must not be taken for an error of the next one.
+TEST("failover.a_bad_certificate_costs_the_next_upstream_no_ready_connection") {
+    Certificates certificates;
+    Upstream bad(certificates, {.cert = Cert::Expired}), good(certificates);
+    Proxy proxy(certificates, {bad.spec(), good.spec()});
+    CHECK_EQ(proxy.ask(make_query("a.test")).rcode(), 0);
+    CHECK(eventually([&] { return good.seen().open >= 2; }));
+    usleep(1500000);  // for the first second nobody asks the bad one again
+    CHECK_EQ(proxy.ask(make_query("a.test")).rcode(), 0);
+    CHECK_EQ(bad.seen().connections, 2);
+    CHECK(proxy.prints(" ready"));
+    proxy.stop();
+}
+
 TEST("failover.upstream_over_ipv6") {
     Pair p({.address = "::1"});
     CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
@@ -1046,6 +1060,20 @@ TEST("process.sigint_and_totals") {
         CHECK_EQ(total(p.proxy.out(), name), number);
     CHECK(p.proxy.udp(make_query("a.test")));
     CHECK_EQ(p.proxy.process().end(SIGINT), 0);
+}
+
+TEST("process.a_log_that_nobody_reads_is_survived") {
+    TempDir dir;
+    const std::string script = dir.path + "/unread";
+    std::ofstream(script) << "#!/bin/bash\nexec " << environment("PROXY") << " \"$@\" > >(exec true)\n";
+    chmod(script.c_str(), 0700);
+    setenv("PROXY", script.c_str(), 1);
+    Pair p;
+    for (int i = 0; i < 3; i++) {
+        CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
+        usleep(50000);  // its line comes after the answer
+    }
+    p.proxy.stop();
 }
 
 TEST("process.few_open_files_are_survived") {  // (18)
