@@ -155,7 +155,8 @@ struct Client {
     const bool tcp;
     const int fd;
     Address address{};
-    Permit permit{}, of_one{};            // of a TCP client
+    Permit permit{};                      // of a TCP client
+    std::shared_ptr<int> of_host{};       // and what tells how many its host has
     alignas(cmsghdr) char control[64]{};  // which of our addresses was asked over UDP
     msghdr header{};
     std::mutex writing{};  // guards the order of octets to fd
@@ -222,7 +223,7 @@ static void serve_udp(int fd) {
 }
 
 static void serve_tcp(int listener) {
-    static thread_local std::map<std::string, sem_t> slots_of;  // each host that may ask: 64
+    std::map<std::string, std::shared_ptr<int>> hosts;  // those with clients, who share it
     for (;;) {
         Permit all = take_slot(client_slots, true);  // until then they wait in the backlog
         Address from;
@@ -232,14 +233,14 @@ static void serve_tcp(int listener) {
             std::this_thread::sleep_for(milliseconds(20));
             continue;
         }
-        const auto [slots, fresh] = slots_of.try_emplace(may_ask(from) ? from.host() : "");
-        if (fresh) sem_init(&slots->second, 0, slots->first.empty() ? 0 : 64);
-        Permit one = take_slot(slots->second, false);
-        std::shared_ptr<Client> client(new Client{true, fd, from, std::move(all), std::move(one)});
+        std::erase_if(hosts, [](auto& host) { return host.second.use_count() == 1; });
+        auto& host = hosts.try_emplace(from.host(), std::make_shared<int>()).first->second;
+        const bool denied = !may_ask(from) || host.use_count() > 64;  // with this one of its own
+        std::shared_ptr<Client> client(new Client{true, fd, from, std::move(all), host});
         const timeval limit{idle_limit.count(), 0};  // on Linux, for one whole send()
         setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
         set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
-        if (!client->of_one) count("denied");
+        if (denied) count("denied");
         else detach([client] {
             while (auto message = read_frame(client->fd, Clock::now() + idle_limit))
                 if (!take(std::move(*message), client)) return;
