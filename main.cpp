@@ -235,7 +235,7 @@ static void serve_tcp(int listener) {
         }
         std::erase_if(hosts, [](auto& host) { return host.second.use_count() == 1; });
         auto& host = hosts.try_emplace(from.host(), std::make_shared<int>()).first->second;
-        const bool denied = !may_ask(from) || host.use_count() > 64;  // with this one of its own
+        const bool denied = !may_ask(from) || host.use_count() > 64;  // one is the map's
         std::shared_ptr<Client> client(new Client{true, fd, from, std::move(all), host});
         const timeval limit{idle_limit.count(), 0};  // on Linux, for one whole send()
         setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);

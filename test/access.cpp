@@ -10,6 +10,7 @@
 #include <thread>
 
 #include "program.hpp"
+#include "usage.hpp"
 
 using namespace test;
 
@@ -244,6 +245,20 @@ TEST("totals.count_what_happens") {
         CHECK_WHY(eventually([&] { return s.total(row.name) == row.number; }), row.name);
     CHECK(s.total("dialled") >= 3 && s.total("resumed") >= 1 && s.total("ready") >= 1);
     CHECK_EQ(s.total("no_such_name"), -1);
+    s.proxy.stop();
+}
+
+TEST("limits.hosts_that_are_gone_leave_nothing_behind") {
+    Setup s({});
+    const auto visit = [&](int from, int to) {
+        for (int i = from; i < to; i++)
+            From(SOCK_STREAM, "127.9." + std::to_string(i / 250) + "." + std::to_string(1 + i % 250),
+                 "127.0.0.1", s.proxy.port);
+        CHECK_EQ(s.proxy.ask(make_query("a.test"), true).rcode(), 0);  // all before are accepted
+        return usage_of(s.proxy.pid()).kilobytes;
+    };
+    const long before = visit(0, 2000), after = visit(2000, memory_counts ? 20000 : 3000);
+    if (memory_counts) CHECK_WHY(after - before < 1500, std::to_string(after - before) + " kB more");
     s.proxy.stop();
 }
 
