@@ -444,8 +444,8 @@ struct Upstream : Peer {
     Time patience(bool ready) {
         Lock lock(mutex_);
         if (!usual_.count()) return Clock::now() + milliseconds(250);  // RFC 8305 5
-        // Less than 10 ms, and races are about the scheduler.
-        return Clock::now() + std::max(usual_ * (ready ? 3 : 10) / 2, Clock::duration(10000000));
+        // Less than 25 ms, and races are about the scheduler.
+        return Clock::now() + std::max<Clock::duration>(usual_ * (ready ? 3 : 10) / 2, milliseconds(25));
     }
 
     void keep(Session ticket) {
@@ -464,13 +464,13 @@ struct Upstream : Peer {
         return newest;
     }
 
-    // The oldest ready connection, which may have died; empty: there is none.
-    std::shared_ptr<Connection> take() {
+    // The oldest ready connection, or the newest; it may have died. Empty: there is none.
+    std::shared_ptr<Connection> take(bool newest) {
         Lock lock(mutex_);
         if (parked_.empty()) return nullptr;
-        auto oldest = std::move(parked_.front());
-        parked_.pop_front();
-        return oldest;
+        auto taken = std::move(newest ? parked_.back() : parked_.front());
+        newest ? parked_.pop_back() : parked_.pop_front();
+        return taken;
     }
 
     // A place for one more, to be filled by park(). false: there are enough.
@@ -530,7 +530,8 @@ void prepare() {
     SSL_CTX_set_alpn_protos(ctx, reinterpret_cast<const uint8_t*>("\3dot"), 4);
     SSL_CTX_set_session_cache_mode(ctx, SSL_SESS_CACHE_CLIENT | SSL_SESS_CACHE_NO_INTERNAL);
     SSL_CTX_sess_set_new_cb(ctx, keep_ticket);
-    SSL_CTX_set_mode(ctx, SSL_MODE_RELEASE_BUFFERS);
+    if (!settings.reuse) SSL_CTX_set_mode(ctx, SSL_MODE_RELEASE_BUFFERS);
+    SSL_CTX_set_read_ahead(ctx, 1);  // a record's header and body in one read(2)
     SSL_CTX_dane_enable(ctx);  // OpenSSL's way to compare keys with pins
     for (auto& file : settings.ca)
         if (!SSL_CTX_load_verify_file(ctx, file.c_str()))
@@ -597,10 +598,12 @@ struct Connection {
             if (!call([&] { return SSL_write(ssl.get(), out_.data(), int(out_.size())); }))
                 return false;
             // Else the tickets' acknowledgement, and with it the answer, is 40 ms late.
-            set_option(fd, IPPROTO_TCP, TCP_QUICKACK, 1);
+            if (!used) set_option(fd, IPPROTO_TCP, TCP_QUICKACK, 1);
+            used = true;
             since = Clock::now();
             tell(5, text("2 + %zu octets in one record", out_.size() - 2));
             out_.clear();
+            return events = POLLIN, false;
         }
         while (have_ < in_.size()) {  // [6] the length, then as many octets
             const int got = call([&] {
@@ -646,6 +649,7 @@ struct Connection {
     int fd;
     short events = POLLOUT;  // what advance() waits for, as of poll(2)
     bool verified = false;   // the other end proved who it is
+    bool used = false;
     bool ready = false;      // it was verified before the query came
     Time since;              // when it was verified, or its query was sent
 
@@ -683,7 +687,7 @@ private:
 // stock is to be kept `warm`.
 bool Upstream::tend(bool warm) {
     const Time now = Clock::now();
-    while (auto oldest = take()) {
+    while (auto oldest = take(false)) {
         const Clock::duration age = now - oldest->since;
         const bool alive = oldest->alive();
         Lock lock(mutex_);
@@ -716,7 +720,7 @@ constexpr int race_price = 10, race_burst = 20 * race_price;
 static std::atomic<int> race_budget{race_burst};
 
 static std::shared_ptr<Connection> connect_to(Upstream& upstream) {
-    while (auto ready = upstream.take())
+    while (auto ready = upstream.take(settings.reuse))
         if (ready->alive()) return ready;
     return std::make_shared<Connection>(upstream);
 }
@@ -807,7 +811,7 @@ void restock(Outcome used) {
         one.reset();
         while (wanted-- > 0) open(upstream);
         // Reads the tickets of the next one now, and not while a client waits.
-        upstream.tend(false);
+        if (!settings.reuse) upstream.tend(false);
     }
 }
 

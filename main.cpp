@@ -1,7 +1,8 @@
 // main.cpp - how the program runs: options, listeners, threads, signals; main comes last.
 //
-// One thread for each UDP socket, one for each TCP listener, one for each TCP client, and a
-// detached one for each query. The main thread waits for signals. Slots bound what strangers start.
+// One thread for each TCP listener, one that waits at each UDP socket and for each TCP client, and
+// a detached one for each query. The main thread waits for signals. Slots bound what strangers
+// start.
 #include <getopt.h>
 #include <grp.h>
 #include <malloc.h>
@@ -110,8 +111,8 @@ static int open_listener(const Address& address, int type) {
 
 // ---- Threads -----------------------------------------------------------------------------------
 
-// A counted permit is taken before a thread starts and given back by its destructor. That bounds
-// threads, memory and the handshakes strangers can cause, and tells when the last thread is done.
+// A counted permit is taken before a query is carried and given back by its destructor. That bounds
+// threads, memory and the handshakes strangers can cause, and tells when the last query is done.
 using Permit = std::shared_ptr<sem_t>;
 
 static Permit take_slot(sem_t& slots, bool wait) {  // empty: there is none now
@@ -121,48 +122,65 @@ static Permit take_slot(sem_t& slots, bool wait) {  // empty: there is none now
 static sem_t query_slots, client_slots;
 static std::atomic<bool> stopping{false};
 
-// No thread can end the process, even if memory runs out.
-static void guard(auto work, auto... with) try {
+// No thread can end the process, even if memory runs out. false: `work` was not done.
+static bool guard(auto work, auto... with) try {
     work(with...);
+    return true;
 } catch (const std::exception& e) {
     say(text("FAILURE thread: %s", e.what()));
-}
-
-// Runs `work` in a thread of its own. false: the system has no room for one more.
-static bool detach(auto work) try {
-    std::thread([work = std::move(work)]() mutable { guard(std::move(work)); }).detach();
-    return true;
-} catch (const std::system_error&) {
     return false;
 }
 
-// Who asks, and the way back: over UDP for one query, over TCP for as many as it sends.
-struct Client {
-    void answer(const Bytes& message) {
-        Bytes octets = tcp ? frame(message) : message;
-        iovec whole{octets.data(), octets.size()};
-        std::lock_guard lock(writing);
-        header.msg_iov = &whole;
-        header.msg_iovlen = 1;
-        // UDP may lose an answer, as when a buffer is full: the client asks again. A TCP client
-        // that is gone, or does not read, loses its stream.
-        const ssize_t sent = sendmsg(fd, &header, tcp ? MSG_NOSIGNAL : MSG_DONTWAIT);
-        if (tcp && sent != ssize_t(octets.size())) shutdown(fd, SHUT_RDWR);
-    }
+// Does it in a thread of its own. false: the system has no room for one more.
+static bool detach(auto work, auto... with) {
+    return guard([=] { std::thread([=] { guard(work, with...); }).detach(); });
+}
 
-    ~Client() { if (tcp) close(fd); }
-
+// Where queries come from and answers go: a UDP socket, for ever, or the stream of a TCP client.
+struct Source {
+    ~Source() { if (tcp) close(fd); }
     const bool tcp;
     const int fd;
-    Address address{};
-    Permit permit{};                      // of a TCP client
-    std::shared_ptr<int> of_host{};       // and what tells how many its host has
-    alignas(cmsghdr) char control[64]{};  // which of our addresses was asked over UDP
-    msghdr header{};
-    std::mutex writing{};  // guards the order of octets to fd
+    Address client{};                // over TCP
+    Permit permit{};                 // to be one of the TCP clients
+    std::shared_ptr<int> of_host{};  // tells how many of them its host has
+    std::atomic<int> waiting{0};     // threads that wait for a query
+    std::mutex writing{};            // guards the order of octets to fd
 };
 
-static bool finish(const Query& query, Client& client, const Outcome& outcome) {
+// Who asks, and the way back: over UDP of one query.
+struct Client {
+    explicit Client(Source& source) : source(source), address(source.client) {}
+
+    // [1] nullopt: the stream has ended. Empty: an ICMP error for an answer sent before.
+    std::optional<Bytes> take() {
+        if (source.tcp) return read_frame(source.fd, Clock::now() + idle_limit);
+        iovec whole{octets, sizeof octets};
+        header = {&address, sizeof address, &whole, 1, control, sizeof control, 0};
+        return Bytes(octets, octets + std::max<ssize_t>(recvmsg(source.fd, &header, 0), 0));
+    }
+
+    void answer(const Bytes& message) {
+        Bytes framed = source.tcp ? frame(message) : message;
+        iovec whole{framed.data(), framed.size()};
+        header.msg_iov = &whole;
+        header.msg_iovlen = 1;
+        std::lock_guard lock(source.writing);
+        // UDP may lose an answer, as when a buffer is full: the client asks again. A TCP client
+        // that is gone, or does not read, loses its stream.
+        const int flags = source.tcp ? MSG_NOSIGNAL : MSG_DONTWAIT;
+        const ssize_t sent = sendmsg(source.fd, &header, flags);
+        if (source.tcp && sent != ssize_t(framed.size())) shutdown(source.fd, SHUT_RDWR);
+    }
+
+    Source& source;
+    Address address;
+    alignas(cmsghdr) char control[64]{};  // which of our addresses was asked over UDP
+    msghdr header{};
+    uint8_t octets[longest_message];
+};
+
+static void finish(const Query& query, Client& client, const Outcome& outcome) {
     const std::string rcode = rcode_name(outcome.octets[3] & 15);
     const char* tc = outcome.octets[2] & 0x02 ? ", TC: there is more" : "";
     query.tell(8, rcode + text(", %zu octets%s", outcome.octets.size(), tc), outcome.octets);
@@ -170,56 +188,58 @@ static bool finish(const Query& query, Client& client, const Outcome& outcome) {
     count(outcome.winner ? "success" : "failure");
     if (!outcome.winner) count("failure:" + outcome.detail);
     client.answer(outcome.octets);
-    if (settings.quiet) return true;
+    if (settings.quiet) return;
     say(text("%s %s %s %s %zu octets %.1f ms%s %s", outcome.winner ? "SUCCESS" : "FAILURE",
              query.tcp ? "tcp" : "udp", type_name(query.layout.type).c_str(), rcode.c_str(),
              outcome.octets.size(), ms(Clock::now() - query.taken), outcome.winner ? "" : ":",
              outcome.detail.c_str()));
-    return true;
 }
 
-// [1] and [2] in the thread that received the query; the other steps in one of their own.
-// false: there will be no answer.
-static bool take(Bytes octets, const std::shared_ptr<Client>& client) {
-    if (stopping) return false;
-    const bool tcp = client->tcp;
+static void serve(std::shared_ptr<Source> source);
+
+// One query, from [1] to [8]. false: this thread is not to take another.
+static bool carry(std::shared_ptr<Source>& source) {
+    Client client(*source);
+    ++source->waiting;
+    auto octets = client.take();
+    const bool alone = --source->waiting == 0, tcp = source->tcp;
+    if (!octets || stopping) return false;
+    if (!may_ask(client.address)) return count("denied"), true;
     count(tcp ? "tcp" : "udp");
-    auto query = std::make_shared<Query>(std::move(octets), tcp);
+    const Query query(std::move(*octets), tcp);
     const char* transport = tcp ? "TCP" : "UDP";
-    query->tell(1, text("%zu octets over %s", query->octets.size(), transport), query->octets);
-    Verdict verdict = judge(*query);
-    if (verdict.rcode != silence && over_rate(client->address, tcp))
+    query.tell(1, text("%zu octets over %s", query.octets.size(), transport), query.octets);
+    Verdict verdict = judge(query);
+    if (verdict.rcode != silence && over_rate(client.address, tcp))
         verdict = {tcp ? REFUSED : cut_short, "over the rate"};  // nobody gets more than was sent
-    query->tell(2, verdict.why);
-    if (verdict.rcode == silence) return false;
+    query.tell(2, verdict.why);
+    if (verdict.rcode == silence) return !tcp;
+    Permit permit;
+    if (verdict.rcode == forward) {
+        // A TCP client can wait, and then sends no more. A UDP query is never silently lost.
+        permit = take_slot(query_slots, tcp);
+        int free = 0;
+        sem_getvalue(&query_slots, &free);
+        count("in_flight_most", settings.queries - free, true);
+        if (!permit || (alone && !detach(serve, source)))
+            verdict = {SERVFAIL, "too many queries in flight"};
+    }
+    const bool error = verdict.rcode == SERVFAIL;  // to which EDE 0 belongs: Other
     if (verdict.rcode != forward)
-        return finish(*query, *client, {reply(*query, verdict.rcode), verdict.why});
-    // A TCP client can wait, and then sends no more. A UDP query is never silently lost.
-    Permit permit = take_slot(query_slots, tcp);
-    int free = 0;
-    sem_getvalue(&query_slots, &free);
-    count("in_flight_most", settings.queries - free, true);
-    if (permit && detach([query, client, permit = std::move(permit)]() mutable {
-            Outcome outcome = resolve(*query);
-            finish(*query, *client, outcome);
-            permit.reset();
-            restock(std::move(outcome));
-        }))
-        return true;
-    return finish(*query, *client, {reply(*query, SERVFAIL, 0), "too many queries in flight"});
+        return finish(query, client, {reply(query, verdict.rcode, error - 1), verdict.why}), true;
+    Outcome outcome = resolve(query);
+    finish(query, client, outcome);
+    permit.reset();
+    if (tcp) source.reset();  // another thread reads on; the stream must not last for what follows
+    restock(std::move(outcome));
+    return source && source->waiting < 8;
 }
 
-static void serve_udp(int fd) {
-    for (Bytes buffer(longest_message);;) {
-        std::shared_ptr<Client> client(new Client{false, fd});
-        iovec octets{buffer.data(), buffer.size()};
-        client->header = {&client->address, sizeof client->address, &octets, 1,
-                          client->control, sizeof client->control, 0};
-        const ssize_t size = recvmsg(fd, &client->header, 0);
-        if (size < 0) continue;  // an ICMP error for an answer sent before; nothing to do
-        if (may_ask(client->address)) take({buffer.begin(), buffer.begin() + size}, client);
-        else count("denied");
-    }
+// A thread that has taken a query carries it to its end; another one, that waits or is new, takes
+// its place. So there are as many threads as queries in flight, and few are ever made.
+static void serve(std::shared_ptr<Source> source) {
+    for (bool more = true; more;)
+        if (!guard([&] { more = carry(source); })) more = source && !source->tcp;
 }
 
 static void serve_tcp(int listener) {
@@ -236,15 +256,12 @@ static void serve_tcp(int listener) {
         std::erase_if(hosts, [](auto& host) { return host.second.use_count() == 1; });
         auto& host = hosts.try_emplace(from.host(), std::make_shared<int>()).first->second;
         const bool denied = !may_ask(from) || host.use_count() > 64;  // one is the map's
-        std::shared_ptr<Client> client(new Client{true, fd, from, std::move(all), host});
+        auto client = std::make_shared<Source>(true, fd, from, std::move(all), host);
         const timeval limit{idle_limit.count(), 0};  // on Linux, for one whole send()
         setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
         set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
         if (denied) count("denied");
-        else detach([client] {
-            while (auto message = read_frame(client->fd, Clock::now() + idle_limit))
-                if (!take(std::move(*message), client)) return;
-        });
+        else detach(serve, client);
     }
 }
 
@@ -275,8 +292,10 @@ static int run() {
     sem_init(&client_slots, 0, 256);  // over TCP; more wait to be accepted
     auto forever = [](auto... work) { std::thread([=] { for (;;) guard(work...); }).detach(); };
     forever(tend);
-    for (auto [fd, type] : listeners)
-        if (fd >= 0) forever(type == SOCK_STREAM ? serve_tcp : serve_udp, fd);
+    for (auto [fd, type] : listeners) {
+        if (fd >= 0 && type == SOCK_STREAM) forever(serve_tcp, fd);
+        if (fd >= 0 && type == SOCK_DGRAM) forever(serve, std::make_shared<Source>(false, fd));
+    }
     for (int caught = 0; caught != SIGTERM && caught != SIGINT;)
         if (sigwait(&signals, &caught) == 0 && caught == SIGUSR1) say(totals());
     stopping = true;
