@@ -485,7 +485,7 @@ struct Upstream : Peer {
         if (connection) parked_.push_back(std::move(connection));
     }
 
-    bool tend(bool warm);
+    size_t tend();
 
 private:
     void rest() {
@@ -683,9 +683,8 @@ private:
     std::string why_;  // empty: it has not failed
 };
 
-// Drops those that are too old, or too many for how little is asked. true: one more is wanted, if a
-// stock is to be kept `warm`.
-bool Upstream::tend(bool warm) {
+// Drops those that are too old, or too many for how little is asked. Returns how many there are.
+size_t Upstream::tend() {
     const Time now = Clock::now();
     while (auto oldest = take(false)) {
         const Clock::duration age = now - oldest->since;
@@ -701,8 +700,7 @@ bool Upstream::tend(bool warm) {
         if (alive && late) idle_limit_ = std::min(age * 6 / 5, longest_idle);
     }
     Lock lock(mutex_);
-    // Five minutes after the last query nothing is kept warm any more.
-    return warm && now < asked.load() + seconds(300) && parked_.size() + opening_ < warm_stock;
+    return parked_.size() + opening_;
 }
 
 // ---- The whole way -----------------------------------------------------------------------------
@@ -811,15 +809,20 @@ void restock(Outcome used) {
         one.reset();
         while (wanted-- > 0) open(upstream);
         // Reads the tickets of the next one now, and not while a client waits.
-        if (!settings.reuse) upstream.tend(false);
+        if (!settings.reuse) upstream.tend();
     }
 }
 
 void tend() {
     for (;; std::this_thread::sleep_for(milliseconds(250))) {
-        int warm = 2;  // the upstream that is asked, and the one that would be next
-        for (auto& upstream : upstreams)
-            if (upstream->tend(upstream->failures == 0 && warm-- > 0)) open(*upstream);
+        const bool warm = Clock::now() < asked.load() + seconds(300);  // then nothing is kept
+        size_t wanted = warm_stock, well = 0;
+        for (auto& upstream : upstreams) {
+            const size_t have = upstream->tend();
+            // The one that is asked, and as many of the one that would be next.
+            if (warm && upstream->failures == 0 && ++well <= 2 && have < wanted) open(*upstream);
+            wanted = std::max(wanted, have);
+        }
     }
 }
 
