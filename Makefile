@@ -13,7 +13,7 @@ $(DIR)/dot-proxy: main.cpp dot.cpp dot.hpp Makefile
 	@command -v $(CXX) >/dev/null && echo '#include <openssl/ssl.h>' | $(CXX) -E -x c++ - >/dev/null 2>&1 || \
 	  { echo "needs a C++ compiler and OpenSSL: apt-get install g++ make libssl-dev" >&2; exit 1; }
 	@mkdir -p $(DIR)
-	$(CXX) $(CXXFLAGS) $(STRICT) $(CPPFLAGS) $(LDFLAGS) -o $@ main.cpp dot.cpp -lssl -lcrypto
+	$(CXX) $(CXXFLAGS) $(STRICT) $(CPPFLAGS) $(if $(SANITIZE),,-static-libstdc++ -static-libgcc) $(LDFLAGS) -o $@ main.cpp dot.cpp -lssl -lcrypto
 
 run: $(DIR)/dot-proxy
 	$< --listen 127.0.0.1@5300

@@ -13,7 +13,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <bitset>
 #include <cstdarg>
 #include <cstring>
@@ -103,16 +102,16 @@ std::string parse_prefix(const std::string& from) {
 }
 
 std::vector<Peer> parse_upstream(const std::string& from) {
-    static const std::map<std::string, std::vector<const char*>> known{
-        {"cloudflare", {"cloudflare-dns.com", "1.1.1.1", "1.0.0.1", "2606:4700:4700::1111",
-                        "2606:4700:4700::1001"}},
-        {"google", {"dns.google", "8.8.8.8", "8.8.4.4", "2001:4860:4860::8888",
-                    "2001:4860:4860::8844"}},
-        {"quad9", {"dns.quad9.net", "9.9.9.9", "149.112.112.112", "2620:fe::fe", "2620:fe::9"}}};
+    static const char* const known[][6] = {
+        {"cloudflare", "cloudflare-dns.com", "1.1.1.1", "1.0.0.1", "2606:4700:4700::1111",
+         "2606:4700:4700::1001"},
+        {"google", "dns.google", "8.8.8.8", "8.8.4.4", "2001:4860:4860::8888",
+         "2001:4860:4860::8844"},
+        {"quad9", "dns.quad9.net", "9.9.9.9", "149.112.112.112", "2620:fe::fe", "2620:fe::9"}};
     std::vector<Peer> peers;
-    const auto alias = known.find(from);
-    for (size_t i = 1; alias != known.end() && i < alias->second.size(); i++)
-        peers.push_back({parse_address(alias->second[i], 853), alias->second[0], {}});
+    for (auto& [alias, name, a, b, c, d] : known)
+        for (auto address : {a, b, c, d})
+            if (from == alias) peers.push_back({parse_address(address, 853), name, {}});
     if (!peers.empty()) return peers;
     // Not port 53, RFC 7858 3.1. A name with a letter, so that it is no IP address. The base64 of
     // 32 octets is 43 digits and "=".
@@ -135,8 +134,7 @@ std::vector<Peer> parse_upstream(const std::string& from) {
 // A message is a header, questions, and three sections of records (RFC 1035 4.1). The proxy has to
 // find two places in it, the end of the question and the OPT record, and leaves all else alone.
 
-enum : int { SIG = 24, OPT = 41, TSIG = 250, IXFR = 251, AXFR = 252 };
-enum : int { keepalive = 11, padding = 12, error = 15 };
+enum : int { SIG = 24, OPT = 41, TSIG = 250, IXFR, AXFR, keepalive = 11, padding, error = 15 };
 constexpr size_t arcount_at = 10, opt_size = 11;
 
 static int u16(const Bytes& m, size_t at) { return m[at] << 8 | m[at + 1]; }
@@ -205,12 +203,6 @@ Layout parse(const Bytes& m) {
     return l;
 }
 
-static std::atomic<unsigned> queries{0};
-
-Query::Query(Bytes octets, bool tcp)
-    : octets(std::move(octets)), layout(parse(this->octets)), tcp(tcp), number(++queries),
-      taken(Clock::now()), deadline(taken + milliseconds(settings.timeout)) {}
-
 void Query::tell(int step, const std::string& what, const Bytes& message) const {
     if (settings.verbose == 0) return;
     std::string hex;
@@ -228,8 +220,8 @@ Verdict judge(const Query& query) {  // [2]
     if (opcode == 6) return {NOTIMP, "DNS stateful operations are not proxied"};
     if (query.layout.fault) return {FORMERR, query.layout.fault};
     if (opcode == 0 && u16(m, 4) > 1) return {FORMERR, "more than one question"};  // RFC 9619 4
-    const bool transfer = opcode == 0 && (type == AXFR || type == IXFR);
-    if (transfer) return {NOTIMP, "zone transfers are not proxied"};
+    if (opcode == 0 && (type == AXFR || type == IXFR))
+        return {NOTIMP, "zone transfers are not proxied"};
     return {forward, "to be forwarded"};
 }
 
@@ -281,12 +273,12 @@ bool matches(const Query& query, const Bytes& a, const Layout& l) {  // [7]
     if (u16(a, 4) == 0 && u16(q, 4) != 0)  // some servers cannot repeat what they did not read
         return rcode == FORMERR || rcode == SERVFAIL || rcode == NOTIMP || rcode == REFUSED;
     if (u16(a, 4) != u16(q, 4) || l.question_end != query.layout.question_end) return false;
-    // Names are compared without case, RFC 1035 2.3.3. A label's length is never a letter.
-    const size_t name_end = u16(q, 4) == 1 ? l.question_end - 4 : header_size;
-    const auto name = q.begin() + header_size, type = q.begin() + name_end;
-    return std::equal(name, type, a.begin() + header_size,
-                      [](int x, int y) { return x == y || ((x ^ y) == 32 && isalpha(x)); }) &&
-           std::equal(type, q.begin() + l.question_end, a.begin() + name_end);
+    // Names, but not the type and class behind one, are compared without case, RFC 1035 2.3.3. A
+    // label's length is never a letter.
+    for (size_t i = header_size; i < l.question_end; i++)
+        if (q[i] != a[i] && (i + 4 >= l.question_end || (q[i] ^ a[i]) != 32 || !isalpha(q[i])))
+            return false;
+    return true;
 }
 
 std::optional<Bytes> unpad(const Query& query, Bytes a, Layout l) {  // [7]
@@ -445,13 +437,20 @@ struct Upstream : Peer {
         Lock lock(mutex_);
         if (!usual_.count()) return Clock::now() + milliseconds(250);  // RFC 8305 5
         // Less than 25 ms, and races are about the scheduler.
-        return Clock::now() + std::max<Clock::duration>(usual_ * (ready ? 3 : 10) / 2, milliseconds(25));
+        return Clock::now() + std::max(usual_ * (ready ? 3 : 10) / 2, Clock::duration(25000000));
     }
 
-    void keep(Session ticket) {
-        Lock lock(mutex_);
-        if (tickets_.size() == most_tickets) tickets_.pop_front();
-        tickets_.push_back(std::move(ticket));
+    // Called by OpenSSL with each ticket. RFC 8446 4.6.1: a lifetime of 0 means discard it, and no
+    // server may say more than a week (when it is over OpenSSL sees). TLS 1.2 need not say.
+    static int keep(SSL* ssl, SSL_SESSION* session) {
+        const unsigned long lifetime = SSL_SESSION_get_ticket_lifetime_hint(session);
+        if (lifetime > 7 * 86400 || (!lifetime && SSL_version(ssl) >= TLS1_3_VERSION)) return 0;
+        Upstream& own = *static_cast<Upstream*>(SSL_get_app_data(ssl));
+        Lock lock(own.mutex_);
+        if (own.tickets_.size() == most_tickets) own.tickets_.pop_front();
+        // A copy: the connection keeps its own, and is freed by another thread.
+        own.tickets_.emplace_back(SSL_SESSION_dup(session), SSL_SESSION_free);
+        return 0;  // nothing of the original is kept
     }
 
     // For one use, RFC 8446 C.4; empty: there is none.
@@ -464,19 +463,14 @@ struct Upstream : Peer {
         return newest;
     }
 
-    // The oldest ready connection, or the newest; it may have died. Empty: there is none.
-    std::shared_ptr<Connection> take(bool newest) {
-        Lock lock(mutex_);
-        if (parked_.empty()) return nullptr;
-        auto taken = std::move(newest ? parked_.back() : parked_.front());
-        newest ? parked_.pop_back() : parked_.pop_front();
-        return taken;
-    }
+    // The oldest ready connection, alive and not too old; empty: there is none. Drops others.
+    std::shared_ptr<Connection> take();
 
     // A place for one more, to be filled by park(). false: there are enough.
     bool reserve() {
         Lock lock(mutex_);
-        return parked_.size() + opening_ < size_t(settings.ready) && ++opening_ > 0;
+        const size_t most = size_t(settings.ready);  // handshakes take memory: half of them at once
+        return parked_.size() + opening_ < most && 2 * opening_ <= most && ++opening_ > 0;
     }
 
     void park(std::shared_ptr<Connection> connection) {  // empty: it came to nothing
@@ -485,9 +479,9 @@ struct Upstream : Peer {
         if (connection) parked_.push_back(std::move(connection));
     }
 
+    // Drops one of too many for how little is asked. Returns how many there are.
     size_t tend();
 
-private:
     void rest() {
         // RFC 9520 3.2: a failure is remembered for a second at least, and 5 min at most.
         tried_ = Clock::now();
@@ -507,17 +501,6 @@ private:
 // ---- TLS ---------------------------------------------------------------------------------------
 // Every setting that decides whom the proxy trusts is in prepare() and Connection().
 
-// RFC 8446 4.6.1: a lifetime of 0 means discard it, and no server may say more than a week (when it
-// is over OpenSSL sees). TLS 1.2 need not say.
-static int keep_ticket(SSL* ssl, SSL_SESSION* session) {
-    const bool one_3 = SSL_SESSION_get_protocol_version(session) >= TLS1_3_VERSION;
-    const unsigned long lifetime = SSL_SESSION_get_ticket_lifetime_hint(session);
-    Session ticket(SSL_SESSION_dup(session), SSL_SESSION_free);  // the connection keeps its own
-    if (!one_3 || (lifetime > 0 && lifetime <= 7 * 86400))
-        static_cast<Upstream*>(SSL_get_app_data(ssl))->keep(std::move(ticket));
-    return 0;  // nothing of the original is kept
-}
-
 void prepare() {
     for (auto& peer : settings.upstreams) upstreams.push_back(std::make_unique<Upstream>(peer));
     ctx = SSL_CTX_new(TLS_client_method());
@@ -529,7 +512,7 @@ void prepare() {
                                                              X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS);
     SSL_CTX_set_alpn_protos(ctx, reinterpret_cast<const uint8_t*>("\3dot"), 4);
     SSL_CTX_set_session_cache_mode(ctx, SSL_SESS_CACHE_CLIENT | SSL_SESS_CACHE_NO_INTERNAL);
-    SSL_CTX_sess_set_new_cb(ctx, keep_ticket);
+    SSL_CTX_sess_set_new_cb(ctx, Upstream::keep);
     if (!settings.reuse) SSL_CTX_set_mode(ctx, SSL_MODE_RELEASE_BUFFERS);
     SSL_CTX_set_read_ahead(ctx, 1);  // a record's header and body in one read(2)
     SSL_CTX_dane_enable(ctx);  // OpenSSL's way to compare keys with pins
@@ -553,8 +536,7 @@ struct Connection {
         for (auto& pin : to.pins)
             for (int usage : {0, 1})
                 done &= SSL_dane_tlsa_add(ssl.get(), usage, 1, 1, pin.data(), pin.size()) > 0;
-        if (!done) fail("cannot be dialled: no open files or memory left", 0);
-        if (!done) return;
+        if (!done) { fail("cannot be dialled: no open files or memory left", 0); return; }
         SSL_set_app_data(ssl.get(), &to);
         // The group that this server chose before goes first, else it asks for a second hello.
         int groups[] = {NID_X25519, NID_X9_62_prime256v1, NID_secp384r1, NID_secp521r1};
@@ -576,7 +558,7 @@ struct Connection {
         query_ = &query;
         ready = verified;
         count("ready", ready);
-        if (ready) tell(4, how() + ", " + upstream.name + " was verified before");
+        if (ready && settings.verbose) tell_how();
         out_ = frame(message);
         in_.assign(2, 0);
         have_ = 0;
@@ -592,18 +574,17 @@ struct Connection {
             since = Clock::now();
             upstream.group = int(SSL_get_negotiated_group(ssl.get()));
             count("resumed", SSL_session_reused(ssl.get()));
-            tell(4, how() + ", " + upstream.name + " verified");
+            if (settings.verbose) tell_how();
         }
         if (!out_.empty()) {  // [5] RFC 7858 3.3: length and message together, in one record
             if (!call([&] { return SSL_write(ssl.get(), out_.data(), int(out_.size())); }))
                 return false;
             // Else the tickets' acknowledgement, and with it the answer, is 40 ms late.
             if (!used) set_option(fd, IPPROTO_TCP, TCP_QUICKACK, 1);
-            used = true;
             since = Clock::now();
-            tell(5, text("2 + %zu octets in one record", out_.size() - 2));
+            if (settings.verbose) tell(5, text("2 + %zu octets in one record", out_.size() - 2));
             out_.clear();
-            return events = POLLIN, false;
+            return events = POLLIN, false;  // it will take a while
         }
         while (have_ < in_.size()) {  // [6] the length, then as many octets
             const int got = call([&] {
@@ -613,14 +594,14 @@ struct Connection {
             have_ += size_t(got);
             if (have_ == 2) in_.resize(2 + size_t(u16(in_, 0)));
         }
-        tell(6, text("2 + %zu octets", in_.size() - 2));
+        used = true;
+        if (settings.verbose) tell(6, text("2 + %zu octets", in_.size() - 2));
         return true;
     }
 
-    Bytes answer() const { return {in_.begin() + 2, in_.end()}; }
-
     bool alive() {  // when verified: the other end has not closed it
         uint8_t octet;
+        if (used && Clock::now() < since + seconds(1)) return true;  // as good as sure
         ERR_clear_error();  // this also reads the tickets that have come
         return SSL_get_error(ssl.get(), SSL_peek(ssl.get(), &octet, 1)) == SSL_ERROR_WANT_READ;
     }
@@ -649,11 +630,10 @@ struct Connection {
     int fd;
     short events = POLLOUT;  // what advance() waits for, as of poll(2)
     bool verified = false;   // the other end proved who it is
-    bool used = false;
+    bool used = false;       // by an earlier query
     bool ready = false;      // it was verified before the query came
     Time since;              // when it was verified, or its query was sent
 
-private:
     // What the OpenSSL call returned; 0: it waits for `events`, or failed.
     int call(auto operation) {
         ERR_clear_error();
@@ -677,29 +657,42 @@ private:
         if (query_) query_->tell(step, upstream.address.str() + " " + what);
     }
 
+    void tell_how() const {
+        tm end{};
+        ASN1_TIME_to_tm(X509_get0_notAfter(SSL_get0_peer_certificate(ssl.get())), &end);
+        tell(4, how() + text(", %s, %s verified, certificate good until %d-%02d-%02d",
+                             OBJ_nid2sn(upstream.group), upstream.name.c_str(), 1900 + end.tm_year,
+                             1 + end.tm_mon, end.tm_mday));
+    }
+
     const Query* query_ = nullptr;
     Bytes out_, in_;   // framed
     size_t have_ = 0;  // octets of in
     std::string why_;  // empty: it has not failed
 };
 
-// Drops those that are too old, or too many for how little is asked. Returns how many there are.
-size_t Upstream::tend() {
-    const Time now = Clock::now();
-    while (auto oldest = take(false)) {
-        const Clock::duration age = now - oldest->since;
+std::shared_ptr<Connection> Upstream::take() {
+    std::unique_lock lock(mutex_);
+    while (!parked_.empty()) {
+        auto oldest = std::move(parked_.front());
+        parked_.pop_front();
+        lock.unlock();  // for the tickets that alive() may read
         const bool alive = oldest->alive();
-        Lock lock(mutex_);
-        const bool late = age >= idle_limit_, busy = now < asked.load() + seconds(5);
-        if (alive && !late && (busy || parked_.size() < warm_stock)) {
-            parked_.push_front(std::move(oldest));
-            break;
-        }
+        const Clock::duration age = Clock::now() - oldest->since;
+        lock.lock();
+        if (alive && age < idle_limit_) return oldest;
         // Closed by the other end: so this is its limit. Not closed: it may be longer, try that.
-        if (!alive && age > shortest_idle) idle_limit_ = std::max(age * 4 / 5, shortest_idle);
-        if (alive && late) idle_limit_ = std::min(age * 6 / 5, longest_idle);
+        if (alive) idle_limit_ = std::min(age * 6 / 5, longest_idle);
+        else if (age > shortest_idle) idle_limit_ = std::max(age * 4 / 5, shortest_idle);
     }
+    return nullptr;
+}
+
+size_t Upstream::tend() {
+    auto oldest = take();
     Lock lock(mutex_);
+    const bool few = parked_.size() < warm_stock, busy = Clock::now() < asked.load() + seconds(5);
+    if (oldest && (few || busy)) parked_.push_front(std::move(oldest));
     return parked_.size() + opening_;
 }
 
@@ -717,18 +710,11 @@ static Upstream* choose(const Upstream* last, int wait) {
 constexpr int race_price = 10, race_burst = 20 * race_price;
 static std::atomic<int> race_budget{race_burst};
 
-static std::shared_ptr<Connection> connect_to(Upstream& upstream) {
-    while (auto ready = upstream.take(settings.reuse))
-        if (ready->alive()) return ready;
-    return std::make_shared<Connection>(upstream);
-}
-
 // [7] Whether `one` has brought a good answer, which is the outcome then.
 static bool accept(const Query& query, Connection& one, Outcome& outcome) {
-    const Bytes answer = one.answer();
+    const Bytes answer(one.in_.begin() + 2, one.in_.end());
     const Layout layout = parse(answer);
-    std::optional<Bytes> clean;
-    if (matches(query, answer, layout)) clean = unpad(query, answer, layout);
+    const auto clean = matches(query, answer, layout) ? unpad(query, answer, layout) : std::nullopt;
     if (!clean) return one.fail("sent what is no answer to this query", 0);
     query.tell(7, text("%zu -> %zu octets", answer.size(), clean->size()), answer);
     one.upstream.answered(Clock::now() - one.since);
@@ -762,7 +748,9 @@ static void ask(const Query& query, const Bytes& message, Outcome& outcome) {
             if (running && next != last) last->blame(1, tries.back()->trouble());
             if (running) race_budget -= race_price;
             if (running) count("raced");
-            tries.push_back(connect_to(*(last = next)));
+            auto ready = next->take();
+            tries.push_back(ready ? ready : std::make_shared<Connection>(*next));
+            last = next;
             tries.back()->send(query, message);
         }
         if (next || late) next_try = next ? next->patience(tries.back()->ready) : Time::max();

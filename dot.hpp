@@ -25,9 +25,11 @@
 
 #include <netinet/in.h>
 
+#include <atomic>
 #include <chrono>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -96,11 +98,9 @@ void prepare();            // from the settings, before all below; throws BadOpt
 // ---- Messages: pure functions over octets ------------------------------------------------------
 
 enum Rcode : int { NOERROR, FORMERR, SERVFAIL, NXDOMAIN, NOTIMP, REFUSED };
-std::string rcode_name(int rcode);
-std::string type_name(int type);
+std::string rcode_name(int rcode), type_name(int type);
 
-constexpr size_t header_size = 12;         // RFC 1035 4.1.1
-constexpr size_t longest_message = 65535;  // two octets of length, RFC 1035 4.2.2
+constexpr size_t header_size = 12, longest_message = 65535;  // RFC 1035 4.1.1, 4.2.2
 
 struct Option { int code; Bytes data; };  // of an OPT record, RFC 6891 6.1.2
 
@@ -120,15 +120,15 @@ Layout parse(const Bytes& message);
 
 // One query on its way. Made in step [1]; owned by the one thread that carries it.
 struct Query {
-    Query(Bytes octets, bool tcp);  // its deadline is the settings' timeout from now
+    const Bytes octets;
+    const bool tcp;
+    const Layout layout = parse(octets);
+    const unsigned number = ++numbers;  // tells the lines of concurrent queries apart
+    const Time taken = Clock::now(), deadline = taken + milliseconds(settings.timeout);
+    inline static std::atomic<unsigned> numbers{0};
+
     // A line of the story, with -v; and with -vv the message's octets.
     void tell(int step, const std::string& what, const Bytes& message = {}) const;
-
-    const Bytes octets;
-    const Layout layout;
-    const bool tcp;
-    const unsigned number;  // tells the lines of concurrent queries apart
-    const Time taken, deadline;
 };
 
 // [2] What to do with a query: forward it, or answer at once with an rcode, or with TC and nothing

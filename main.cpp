@@ -13,7 +13,6 @@
 #include <unistd.h>
 
 #include <csignal>
-#include <mutex>
 
 #include "dot.hpp"
 
@@ -95,8 +94,7 @@ static Settings parse_options(int argc, char** argv) {
 static int open_listener(const Address& address, int type) {
     const bool tcp = type == SOCK_STREAM, six = !address.is_v4();
     const int fd = socket(address.any.sa_family, type | SOCK_CLOEXEC, 0);
-    if (tcp) set_option(fd, SOL_SOCKET, SO_REUSEADDR, 1);
-    else set_option(fd, SOL_SOCKET, SO_RCVBUF, 1 << 20);
+    set_option(fd, SOL_SOCKET, tcp ? SO_REUSEADDR : SO_RCVBUF, 1 << 20);
     if (six) set_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, 1);
     // Which of our addresses was asked, for the answer to leave from it: RFC 2181 4.
     set_option(fd, six ? IPPROTO_IPV6 : IPPROTO_IP, six ? IPV6_RECVPKTINFO : IP_PKTINFO, 1);
@@ -177,7 +175,7 @@ struct Client {
     Address address;
     alignas(cmsghdr) char control[64]{};  // which of our addresses was asked over UDP
     msghdr header{};
-    uint8_t octets[longest_message];
+    uint8_t octets[longest_message];  // not a vector's, which would be written to in whole
 };
 
 static void finish(const Query& query, Client& client, const Outcome& outcome) {
@@ -195,51 +193,44 @@ static void finish(const Query& query, Client& client, const Outcome& outcome) {
              outcome.detail.c_str()));
 }
 
-static void serve(std::shared_ptr<Source> source);
-
-// One query, from [1] to [8]. false: this thread is not to take another.
-static bool carry(std::shared_ptr<Source>& source) {
-    Client client(*source);
-    ++source->waiting;
-    auto octets = client.take();
-    const bool alone = --source->waiting == 0, tcp = source->tcp;
-    if (!octets || stopping) return false;
-    if (!may_ask(client.address)) return count("denied"), true;
-    count(tcp ? "tcp" : "udp");
-    const Query query(std::move(*octets), tcp);
-    const char* transport = tcp ? "TCP" : "UDP";
-    query.tell(1, text("%zu octets over %s", query.octets.size(), transport), query.octets);
-    Verdict verdict = judge(query);
-    if (verdict.rcode != silence && over_rate(client.address, tcp))
-        verdict = {tcp ? REFUSED : cut_short, "over the rate"};  // nobody gets more than was sent
-    query.tell(2, verdict.why);
-    if (verdict.rcode == silence) return !tcp;
-    Permit permit;
-    if (verdict.rcode == forward) {
+// The steps [1] to [8] of one query after the other. A thread that has taken a query carries it to
+// its end, and another one, that waits or is new, takes its place: so there are as many threads as
+// queries in flight, and few are ever made.
+static void serve(std::shared_ptr<Source> source) {
+    do {
+        Client client(*source);
+        ++source->waiting;
+        auto octets = client.take();
+        const bool alone = --source->waiting == 0, tcp = source->tcp, may = may_ask(client.address);
+        if (!octets || stopping) return;
+        count(!may ? "denied" : tcp ? "tcp" : "udp");
+        if (!may) continue;
+        const Query query{std::move(*octets), tcp};
+        const char* transport = tcp ? "TCP" : "UDP";
+        query.tell(1, text("%zu octets over %s", query.octets.size(), transport), query.octets);
+        Verdict verdict = judge(query);
+        if (verdict.rcode != silence && over_rate(client.address, tcp))
+            verdict = {tcp ? REFUSED : cut_short, "over the rate"};  // no more than was sent
+        query.tell(2, verdict.why);
+        if (verdict.rcode == silence && tcp) return;
+        if (verdict.rcode == silence) continue;
         // A TCP client can wait, and then sends no more. A UDP query is never silently lost.
-        permit = take_slot(query_slots, tcp);
+        Permit permit = verdict.rcode == forward ? take_slot(query_slots, tcp) : nullptr;
         int free = 0;
         sem_getvalue(&query_slots, &free);
         count("in_flight_most", settings.queries - free, true);
-        if (!permit || (alone && !detach(serve, source)))
+        if (verdict.rcode == forward && (!permit || (alone && !detach(serve, source))))
             verdict = {SERVFAIL, "too many queries in flight"};
-    }
-    const bool error = verdict.rcode == SERVFAIL;  // to which EDE 0 belongs: Other
-    if (verdict.rcode != forward)
-        return finish(query, client, {reply(query, verdict.rcode, error - 1), verdict.why}), true;
-    Outcome outcome = resolve(query);
-    finish(query, client, outcome);
-    permit.reset();
-    if (tcp) source.reset();  // another thread reads on; the stream must not last for what follows
-    restock(std::move(outcome));
-    return source && source->waiting < 8;
-}
-
-// A thread that has taken a query carries it to its end; another one, that waits or is new, takes
-// its place. So there are as many threads as queries in flight, and few are ever made.
-static void serve(std::shared_ptr<Source> source) {
-    for (bool more = true; more;)
-        if (!guard([&] { more = carry(source); })) more = source && !source->tcp;
+        if (verdict.rcode != forward) {
+            finish(query, client, {reply(query, verdict.rcode), verdict.why});
+            continue;
+        }
+        Outcome outcome = resolve(query);
+        finish(query, client, outcome);
+        permit.reset();
+        if (tcp) source.reset();  // another thread reads on; the client may leave before this ends
+        restock(std::move(outcome));
+    } while (source && source->waiting < 8);
 }
 
 static void serve_tcp(int listener) {
@@ -255,20 +246,20 @@ static void serve_tcp(int listener) {
         }
         std::erase_if(hosts, [](auto& host) { return host.second.use_count() == 1; });
         auto& host = hosts.try_emplace(from.host(), std::make_shared<int>()).first->second;
-        const bool denied = !may_ask(from) || host.use_count() > 64;  // one is the map's
         auto client = std::make_shared<Source>(true, fd, from, std::move(all), host);
         const timeval limit{idle_limit.count(), 0};  // on Linux, for one whole send()
         setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
         set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
-        if (denied) count("denied");
+        // 64 of a host; one more is the map's.
+        if (!may_ask(from) || host.use_count() > 65) count("denied");
         else detach(serve, client);
     }
 }
 
 // Gives up root's rights for good, and those that a program could bring; throws.
 static void become(uid_t uid, gid_t gid) {
-    const bool same = geteuid() == uid;
-    if (!same && (setgroups(0, nullptr) || setresgid(gid, gid, gid) || setresuid(uid, uid, uid)))
+    if (geteuid() != uid &&
+        (setgroups(0, nullptr) || setresgid(gid, gid, gid) || setresuid(uid, uid, uid)))
         throw std::system_error(errno, std::generic_category(), text("cannot become user %u", uid));
     if (uid != 0 && setuid(0) == 0) throw std::runtime_error("root's rights can be had back");
     prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
@@ -299,10 +290,10 @@ static int run() {
     for (int caught = 0; caught != SIGTERM && caught != SIGINT;)
         if (sigwait(&signals, &caught) == 0 && caught == SIGUSR1) say(totals());
     stopping = true;
-    const Time until = Clock::now() + seconds(3);  // for the queries in flight
-    for (int free = 0; free < settings.queries && Clock::now() < until;
-         sem_getvalue(&query_slots, &free))
-        std::this_thread::sleep_for(milliseconds(5));
+    timespec until{};
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_sec += 3;  // for the queries in flight, which give their permits back
+    for (int i = 0; i < settings.queries; i++) sem_timedwait(&query_slots, &until);
     say(totals());
     _exit(0);  // no destructors: listeners and clients still run
 }

@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "program.hpp"
+#include "usage.hpp"
 
 using namespace test;
 
@@ -788,6 +789,22 @@ TEST("failover.the_next_upstream_answers") {
     proxy.stop();
 }
 
+// So that the queries which find out that the first one is gone pay no handshake.
+TEST("failover.the_next_upstream_has_as_many_ready_connections") {
+    Certificates certificates;
+    Upstream first(certificates, {.delay_ms = 200}), next(certificates);
+    Proxy proxy(certificates, {first.spec(), next.spec()});
+    std::vector<std::thread> clients;
+    for (int i = 0; i < 12; i++)
+        clients.emplace_back([&] { CHECK(proxy.udp(make_query("a.test"))); });
+    for (auto& client : clients) client.join();
+    CHECK(eventually([&] {
+        CHECK_EQ(proxy.ask(make_query("a.test")).rcode(), 0);
+        return next.seen().open >= 10;
+    }));
+    proxy.stop();
+}
+
 TEST("failover.never_to_a_server_that_is_not_authenticated") {  // (77)
     Certificates certificates;
     Upstream one(certificates, {.cert = Cert::Expired}),
@@ -1011,6 +1028,19 @@ TEST("concurrency.a_thousand_queries_at_once_each_get_their_own_answer") {  // (
 }
 TEST("concurrency.a_thousand_at_once_with_reuse") {
     a_thousand_at_once({"-q", "-R", "-n", "1000", "-t", "50000"});
+}
+
+TEST("concurrency.few_of_the_threads_of_a_burst_stay") {
+    Pair p({.delay_ms = 1000}, {"-t", "20000"});
+    CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
+    const int before = usage_of(p.proxy.pid()).threads;
+    std::vector<std::thread> clients;
+    for (int i = 0; i < 60; i++)
+        clients.emplace_back([&] { CHECK(p.proxy.udp(make_query("a.test"))); });
+    CHECK(eventually([&] { return usage_of(p.proxy.pid()).threads >= before + 50; }));
+    for (auto& client : clients) client.join();
+    CHECK(eventually([&] { return usage_of(p.proxy.pid()).threads <= before + spare; }));
+    p.proxy.stop();
 }
 
 TEST("concurrency.without_a_slot_udp_is_answered_at_once_and_tcp_waits") {  // (114)

@@ -13,6 +13,9 @@ constexpr bool memory_counts = false;  // theirs is not the program's; and all i
 constexpr bool memory_counts = true;
 #endif
 
+// Threads that stay to wait at a UDP socket, though fewer queries are in flight.
+constexpr int spare = 8;
+
 struct Usage { int threads, files; long kilobytes; };
 
 inline Usage usage_of(pid_t pid) {
