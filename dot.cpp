@@ -581,6 +581,7 @@ struct Connection {
                 return false;
             // Else the tickets' acknowledgement, and with it the answer, is 40 ms late.
             if (!used) set_option(fd, IPPROTO_TCP, TCP_QUICKACK, 1);
+            used = true;
             since = Clock::now();
             if (settings.verbose) tell(5, text("2 + %zu octets in one record", out_.size() - 2));
             out_.clear();
@@ -594,7 +595,6 @@ struct Connection {
             have_ += size_t(got);
             if (have_ == 2) in_.resize(2 + size_t(u16(in_, 0)));
         }
-        used = true;
         if (settings.verbose) tell(6, text("2 + %zu octets", in_.size() - 2));
         return true;
     }
