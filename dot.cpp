@@ -1,7 +1,8 @@
 // dot.cpp - how a query travels, in the order of the steps of dot.hpp.
 //
-// Messages (pure functions over octets) come first, then streams and framing, who may ask,
-// upstreams, TLS, and last the whole way. Nothing here knows of options, listeners or signals.
+// What the user's words mean comes first, then messages (pure functions over octets), streams and
+// framing, who may ask, upstreams, TLS, and last the whole way. Nothing here knows of argv,
+// listeners or signals.
 #include "dot.hpp"
 
 #include <arpa/inet.h>
@@ -254,8 +255,8 @@ static Bytes set_options(Bytes m, Layout& l) {
 Bytes pad(const Query& query) {  // [3]
     Layout l = query.layout;
     const Bytes& q = query.octets;
-    // RFC 8945 5.5: what is signed travels as it is. Behind octets that no count covers nothing
-    // fits.
+    // RFC 8945 5.5: what is signed travels as it is. Behind octets that no section counts nobody
+    // would find an OPT.
     if (l.is_signed || l.end != q.size() || (l.opt && !movable(q, l.opt_end))) return q;
     std::erase_if(l.options, [](auto& o) { return o.code == padding; });  // the client's own
     l.options.push_back({padding, {}});  // the last, RFC 8467 3
@@ -296,10 +297,10 @@ std::optional<Bytes> unpad(const Query& query, Bytes a, Layout l) {  // [7]
     return a;
 }
 
-// The header and question of a message.
+// The header and question of a message; the header alone if it does not have just one.
 static Bytes head(const Bytes& m, const Layout& l) {
-    Bytes out(m.begin(), m.begin() + l.question_end);
-    std::fill(out.begin() + 6, out.begin() + header_size, 0);
+    Bytes out(m.begin(), m.begin() + (u16(m, 4) == 1 ? l.question_end : header_size));
+    std::fill(out.begin() + (out.size() > header_size ? 6 : 4), out.begin() + header_size, 0);
     return out;
 }
 
@@ -320,7 +321,6 @@ Bytes reply(const Query& query, int rcode, int ede) {  // [8]
     Bytes out = head(query.octets, query.layout);
     out[2] = uint8_t(0x80 | (out[2] & 0x79) | (rcode == cut_short ? 0x02 : 0));  // opcode, RD stay
     out[3] = uint8_t((rcode == SERVFAIL ? 0x80 | (out[3] & 0x10) : 0) | std::max(rcode, 0));
-    if (out.size() == header_size) put16(out, 4, 0);  // no question, or one that does not parse
     Layout own{.options = {}, .dnssec_ok = query.layout.dnssec_ok};
     // Without a text, which could tell what is nobody's business.
     if (ede >= 0) own.options.push_back({error, {uint8_t(ede >> 8), uint8_t(ede)}});
@@ -385,12 +385,12 @@ bool over_rate(const Address& client, bool tcp) {
 // Set once, by prepare(), before the first thread starts.
 static std::vector<std::unique_ptr<struct Upstream>> upstreams;
 static SSL_CTX* ctx;
-static std::atomic<Time> asked{Time{}};  // when the last query came
+static std::atomic<Time> asked{Time::min()};  // when the last query came
 
 using Session = std::shared_ptr<SSL_SESSION>;
 using Connections = std::vector<std::shared_ptr<Connection>>;
 
-// Ready connections even if little is asked; and points of blame for one that cannot be trusted.
+// Tickets kept; ready connections even if little is asked; points of blame for one that is no use.
 constexpr size_t most_tickets = 128, warm_stock = 2, useless = 1000;
 constexpr Clock::duration longest_idle = seconds(25), shortest_idle = seconds(1);
 
@@ -436,7 +436,8 @@ struct Upstream : Peer {
     Time patience(bool ready) {
         Lock lock(mutex_);
         if (!usual_.count()) return Clock::now() + milliseconds(250);  // RFC 8305 5
-        // Less than 25 ms, and races are about the scheduler.
+        // 1.5 times the usual; 5 times if it has to be dialled first. What is less than 25 ms late
+        // is the scheduler's fault more often than the network's.
         return Clock::now() + std::max(usual_ * (ready ? 3 : 10) / 2, Clock::duration(25000000));
     }
 
@@ -514,7 +515,6 @@ void prepare() {
     SSL_CTX_set_session_cache_mode(ctx, SSL_SESS_CACHE_CLIENT | SSL_SESS_CACHE_NO_INTERNAL);
     SSL_CTX_sess_set_new_cb(ctx, Upstream::keep);
     if (!settings.reuse) SSL_CTX_set_mode(ctx, SSL_MODE_RELEASE_BUFFERS);
-    SSL_CTX_set_read_ahead(ctx, 1);  // a record's header and body in one read(2)
     SSL_CTX_dane_enable(ctx);  // OpenSSL's way to compare keys with pins
     for (auto& file : settings.ca)
         if (!SSL_CTX_load_verify_file(ctx, file.c_str()))
@@ -545,7 +545,7 @@ struct Connection {
         if (Session ticket = to.ticket()) SSL_set_session(ssl.get(), ticket.get());
         set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
         if (connect(fd, &to.address.any, to.address.size()) && errno != EINPROGRESS)
-            fail(strerror(errno), useless);
+            fail(strerror(errno), errno == EADDRNOTAVAIL ? 0 : useless);  // we are out of ports
     }
 
     ~Connection() {
@@ -567,7 +567,7 @@ struct Connection {
     // Goes on as far as it can without waiting. true: it has an answer, or without a query to send
     // it is verified. false: it waits, or has failed.
     bool advance() {
-        if (failed()) return false;
+        if (!why_.empty()) return false;
         if (!verified) {  // [4]
             if (!call([&] { return SSL_connect(ssl.get()); })) return false;
             verified = true;  // OpenSSL has judged the certificate, and the protocol chosen by ALPN
@@ -579,7 +579,8 @@ struct Connection {
         if (!out_.empty()) {  // [5] RFC 7858 3.3: length and message together, in one record
             if (!call([&] { return SSL_write(ssl.get(), out_.data(), int(out_.size())); }))
                 return false;
-            // Else the tickets' acknowledgement, and with it the answer, is 40 ms late.
+            // Else the tickets' acknowledgement is 40 ms late, and with it the answer: the
+            // resolver's Nagle algorithm holds it back until then.
             if (!used) set_option(fd, IPPROTO_TCP, TCP_QUICKACK, 1);
             used = true;
             since = Clock::now();
@@ -611,11 +612,9 @@ struct Connection {
         return SSL_get_version(ssl.get()) + session + (ready ? " ready" : " dialled");
     }
 
-    bool failed() const { return !why_.empty(); }
-
     std::string trouble() const {  // why it failed, or is late
         const char* late = verified ? " no answer in time" : " no TLS connection in time";
-        return failed() ? why_ : upstream.address.str() + late;
+        return !why_.empty() ? why_ : upstream.address.str() + late;
     }
 
     bool fail(const std::string& why, size_t points) {  // false, always
@@ -630,7 +629,7 @@ struct Connection {
     int fd;
     short events = POLLOUT;  // what advance() waits for, as of poll(2)
     bool verified = false;   // the other end proved who it is
-    bool used = false;       // by an earlier query
+    bool used = false;       // a query was sent on it
     bool ready = false;      // it was verified before the query came
     Time since;              // when it was verified, or its query was sent
 
@@ -660,7 +659,7 @@ struct Connection {
     void tell_how() const {
         tm end{};
         ASN1_TIME_to_tm(X509_get0_notAfter(SSL_get0_peer_certificate(ssl.get())), &end);
-        tell(4, how() + text(", %s, %s verified, certificate good until %d-%02d-%02d",
+        tell(4, how() + text(", %s, %s verified, good until %d-%02d-%02d",
                              OBJ_nid2sn(upstream.group), upstream.name.c_str(), 1900 + end.tm_year,
                              1 + end.tm_mon, end.tm_mday));
     }
@@ -698,7 +697,8 @@ size_t Upstream::tend() {
 
 // ---- The whole way -----------------------------------------------------------------------------
 
-// Whom to ask next: the first in the user's order that is well, rather not the one asked last.
+// Whom to ask next: in the user's order one that is well (0: and was not asked last; 1: was), or
+// (2) is no more than late, or (3) was not tried for `wait` ms, though it rests.
 static Upstream* choose(const Upstream* last, int wait) {
     for (int pass : {0, 1, 2, 3})
         for (auto& one : upstreams)
@@ -725,13 +725,14 @@ static bool accept(const Query& query, Connection& one, Outcome& outcome) {
 static void wait_for(const Connections& tries, Time until) {
     std::vector<pollfd> waiting;
     for (auto& one : tries)
-        if (!one->failed()) waiting.push_back({one->fd, one->events, 0});
+        if (one->why_.empty()) waiting.push_back({one->fd, one->events, 0});
     poll(waiting.data(), waiting.size(), time_left(until));
 }
 
-// [4]-[7] The race: a try that fails is followed by another at once, and one that is late is joined
-// by another, of the next upstream if there is one. The first good answer wins.
-static void ask(const Query& query, const Bytes& message, Outcome& outcome) {
+// [4]-[7] The race: if no try is left running another follows at once, and one that is late is
+// joined by another, of the next upstream if there is one. The first good answer wins.
+static void ask(const Query& query, const Bytes& message, Outcome& outcome, auto& slow) {
+    const Time soon = query.taken + milliseconds(1);
     Connections& tries = outcome.tries;
     Upstream* last = nullptr;
     Time next_try{};
@@ -741,7 +742,7 @@ static void ask(const Query& query, const Bytes& message, Outcome& outcome) {
         const bool race = late && race_budget >= race_price;
         // RFC 9520 3.1: three at most.
         const bool more = tries.size() < 3 && (!running || race);
-        // A query whose upstream failed may try one that rests at once.
+        // A query whose upstream failed may at once try one that rests; else one does in 100 ms.
         Upstream* const next = more ? choose(last, last && !running ? 0 : 100) : nullptr;
         if (!running && !next) return;
         if (next) {  // while another runs: a race
@@ -757,23 +758,25 @@ static void ask(const Query& query, const Bytes& message, Outcome& outcome) {
         running = 0;
         for (auto& one : tries) {
             if (one->advance() && accept(query, *one, outcome))
-                return count("race_won", running > 0);
-            if (one->failed()) outcome.detail = one->trouble();
+                return count("race_won", running > 0);  // an older one still runs
+            if (!one->why_.empty()) outcome.detail = one->trouble();
             else ++running;
         }
-        if (running) wait_for(tries, std::min(query.deadline, next_try));
+        if (running && now >= soon) slow();
+        if (running) wait_for(tries, now < soon ? soon : std::min(query.deadline, next_try));
     }
+    if (tries.empty()) return;  // it waited too long for its slot
     outcome.detail = tries.back()->trouble();
     last->blame(tries.back()->verified ? 1 : useless, outcome.detail);
 }
 
-Outcome resolve(const Query& query) {
+Outcome resolve(const Query& query, const std::function<void()>& slow) {
     const Bytes message = pad(query);  // [3]
     query.tell(3, text("%zu -> %zu octets", query.octets.size(), message.size()), message);
-    Outcome outcome{{}, "every upstream failed a moment ago"};
+    Outcome outcome{{}, "every upstream failed a moment ago, or its time is up"};
     asked = query.taken;
     if (race_budget < race_burst) ++race_budget;
-    ask(query, message, outcome);
+    ask(query, message, outcome, slow);
     if (!outcome.winner) outcome.octets = reply(query, SERVFAIL, 23);  // EDE: Network Error
     outcome.octets = cut(query, outcome.octets, size_t(settings.max_udp));  // [8]
     return outcome;
@@ -784,8 +787,8 @@ static void open(Upstream& upstream) {
     if (!upstream.reserve()) return;
     auto one = std::make_shared<Connection>(upstream);
     const Time until = Clock::now() + milliseconds(settings.timeout);
-    while (!one->advance() && !one->failed() && Clock::now() < until) wait_for({one}, until);
-    if (!one->verified && !one->failed()) one->fail("no TLS connection in time", 1);
+    while (!one->advance() && one->why_.empty() && Clock::now() < until) wait_for({one}, until);
+    if (!one->verified && one->why_.empty()) one->fail("no TLS connection in time", 1);
     upstream.park(one->verified ? one : nullptr);
 }
 

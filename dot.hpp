@@ -27,6 +27,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -61,8 +62,8 @@ union Address {
     sockaddr_in6 v6{};
     socklen_t size() const { return is_v4() ? sizeof v4 : sizeof v6; }
     std::string str() const;   // "1.1.1.1@853"
-    std::string bits() const;  // "4" or "6" and its bits, "400000001...", so that a prefix is one
-    std::string host() const { return bits().substr(0, 1 + 64); }  // of IPv6 the network
+    std::string bits() const;  // "4" or "6" and its bits, "400000001..."; a network's begin so, too
+    std::string host() const { return bits().substr(0, 1 + 64); }  // IPv4, or the /64 of IPv6
     bool is_v4() const { return any.sa_family == AF_INET; }
     const uint8_t* octets() const { return (const uint8_t*)&any + (is_v4() ? 4 : 8); }
 };
@@ -183,7 +184,8 @@ struct Outcome {
     const Connection* winner = nullptr;    // it brought the answer; nullptr: there is none
     std::vector<std::shared_ptr<Connection>> tries{};  // all that were used; for restock()
 };
-Outcome resolve(const Query& query);  // steps [3] to [8]; by any thread
+// Steps [3] to [8], by any thread. Calls `slow` from time to time if it takes more than 1 ms.
+Outcome resolve(const Query& query, const std::function<void()>& slow);
 void restock(Outcome used);           // after the answer: connections in place of those used
 void tend();                          // keeps a small stock of ready connections warm, for ever
 

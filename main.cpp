@@ -1,11 +1,11 @@
 // main.cpp - how the program runs: options, listeners, threads, signals; main comes last.
 //
-// One thread for each TCP listener, one that waits at each UDP socket and for each TCP client, and
-// a detached one for each query. The main thread waits for signals. Slots bound what strangers
-// start.
+// One thread accepts at each TCP listener, one keeps connections ready, the main thread waits for
+// signals. At least one waits at each UDP socket, eight at most, and one for each TCP client. The
+// one that takes a query carries it to its end; if that takes a while another takes its place.
+// Slots bound what strangers start.
 #include <getopt.h>
 #include <grp.h>
-#include <malloc.h>
 #include <netinet/tcp.h>
 #include <pwd.h>
 #include <semaphore.h>
@@ -101,7 +101,8 @@ static int open_listener(const Address& address, int type) {
     if (!bind(fd, &address.any, address.size()) && (!tcp || !listen(fd, SOMAXCONN))) return fd;
     const int error = fd < 0 ? EAFNOSUPPORT : errno, port = ntohs(address.v4.sin_port);
     const bool none = six && (error == EAFNOSUPPORT || error == EADDRNOTAVAIL);
-    if (none && settings.listen.size() > 1) return -1;  // a host without IPv6 is served without it
+    // A host without IPv6 is served without it; but it must be possible to listen somewhere.
+    if (none && &address != &settings.listen.front()) return -1;
     const char* fault = error == EADDRINUSE ? "taken" : error == EACCES ? "not allowed" : "no use";
     throw std::system_error(error, std::generic_category(), text(
         "port %d is %s; try --listen 127.0.0.1@5300", port, fault));
@@ -125,7 +126,7 @@ static bool guard(auto work, auto... with) try {
     work(with...);
     return true;
 } catch (const std::exception& e) {
-    say(text("FAILURE thread: %s", e.what()));
+    dprintf(STDOUT_FILENO, "FAILURE thread: %s\n", e.what());
     return false;
 }
 
@@ -141,21 +142,24 @@ struct Source {
     const int fd;
     Address client{};                // over TCP
     Permit permit{};                 // to be one of the TCP clients
-    std::shared_ptr<int> of_host{};  // tells how many of them its host has
+    std::shared_ptr<int> of_host{};  // its use_count() tells how many of them its host has
     std::atomic<int> waiting{0};     // threads that wait for a query
     std::mutex writing{};            // guards the order of octets to fd
 };
 
-// Who asks, and the way back: over UDP of one query.
+// Who asks, and the way back: over UDP good for one query.
 struct Client {
     explicit Client(Source& source) : source(source), address(source.client) {}
 
-    // [1] nullopt: the stream has ended. Empty: an ICMP error for an answer sent before.
+    // [1] nullopt: the stream has ended. Empty: an empty datagram, or recvmsg() failed.
     std::optional<Bytes> take() {
         if (source.tcp) return read_frame(source.fd, Clock::now() + idle_limit);
         iovec whole{octets, sizeof octets};
         header = {&address, sizeof address, &whole, 1, control, sizeof control, 0};
-        return Bytes(octets, octets + std::max<ssize_t>(recvmsg(source.fd, &header, 0), 0));
+        ++source.waiting;
+        const ssize_t size = recvmsg(source.fd, &header, 0);
+        --source.waiting;
+        return Bytes(octets, octets + std::max<ssize_t>(size, 0));
     }
 
     void answer(const Bytes& message) {
@@ -194,14 +198,14 @@ static void finish(const Query& query, Client& client, const Outcome& outcome) {
 }
 
 // The steps [1] to [8] of one query after the other. A thread that has taken a query carries it to
-// its end, and another one, that waits or is new, takes its place: so there are as many threads as
-// queries in flight, and few are ever made.
+// its end. If that takes a while and nobody waits at the source it makes another one to take its
+// place: so there are as many threads as queries in flight, few are ever made, and where answers
+// come at once a few threads do it all. Over TCP the one that took its place reads on alone.
 static void serve(std::shared_ptr<Source> source) {
     do {
         Client client(*source);
-        ++source->waiting;
         auto octets = client.take();
-        const bool alone = --source->waiting == 0, tcp = source->tcp, may = may_ask(client.address);
+        const bool tcp = source->tcp, may = may_ask(client.address);
         if (!octets || stopping) return;
         count(!may ? "denied" : tcp ? "tcp" : "udp");
         if (!may) continue;
@@ -214,21 +218,20 @@ static void serve(std::shared_ptr<Source> source) {
         query.tell(2, verdict.why);
         if (verdict.rcode == silence && tcp) return;
         if (verdict.rcode == silence) continue;
-        // A TCP client can wait, and then sends no more. A UDP query is never silently lost.
+        // For want of a slot a TCP client can wait, and sends no more; over UDP it gets SERVFAIL.
         Permit permit = verdict.rcode == forward ? take_slot(query_slots, tcp) : nullptr;
         int free = 0;
         sem_getvalue(&query_slots, &free);
         count("in_flight_most", settings.queries - free, true);
-        if (verdict.rcode == forward && (!permit || (alone && !detach(serve, source))))
-            verdict = {SERVFAIL, "too many queries in flight"};
-        if (verdict.rcode != forward) {
-            finish(query, client, {reply(query, verdict.rcode), verdict.why});
-            continue;
-        }
-        Outcome outcome = resolve(query);
+        if (verdict.rcode == forward && !permit) verdict = {SERVFAIL, "too many queries in flight"};
+        bool left = false;  // to another thread
+        const auto leave = [&] { if (!left && !source->waiting) left = detach(serve, source); };
+        Outcome outcome = permit ? resolve(query, leave)
+                                 : Outcome{reply(query, verdict.rcode), verdict.why};
         finish(query, client, outcome);
         permit.reset();
-        if (tcp) source.reset();  // another thread reads on; the client may leave before this ends
+        if (!settings.reuse && !outcome.tries.empty()) leave();
+        if (tcp && left) source.reset();  // its client may go before what follows ends
         restock(std::move(outcome));
     } while (source && source->waiting < 8);
 }
@@ -250,13 +253,13 @@ static void serve_tcp(int listener) {
         const timeval limit{idle_limit.count(), 0};  // on Linux, for one whole send()
         setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
         set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
-        // 64 of a host; one more is the map's.
+        // 64 of a host; one more use of the count is the map's.
         if (!may_ask(from) || host.use_count() > 65) count("denied");
         else detach(serve, client);
     }
 }
 
-// Gives up root's rights for good, and those that a program could bring; throws.
+// Gives up root's rights for good, and those that a setuid program could bring; throws.
 static void become(uid_t uid, gid_t gid) {
     if (geteuid() != uid &&
         (setgroups(0, nullptr) || setresgid(gid, gid, gid) || setresuid(uid, uid, uid)))
@@ -272,7 +275,6 @@ static int run() {
     for (int wanted : {SIGTERM, SIGINT, SIGUSR1}) sigaddset(&signals, wanted);
     pthread_sigmask(SIG_BLOCK, &signals, nullptr);
     signal(SIGPIPE, SIG_IGN);
-    mallopt(M_ARENA_MAX, 2);  // glibc would keep eight for each core, each as large as its peak
     prepare();
     std::vector<std::pair<int, int>> listeners;  // and their types
     for (auto& address : settings.listen)
@@ -291,9 +293,9 @@ static int run() {
         if (sigwait(&signals, &caught) == 0 && caught == SIGUSR1) say(totals());
     stopping = true;
     timespec until{};
-    clock_gettime(CLOCK_REALTIME, &until);
+    clock_gettime(CLOCK_MONOTONIC, &until);
     until.tv_sec += 3;  // for the queries in flight, which give their permits back
-    for (int i = 0; i < settings.queries; i++) sem_timedwait(&query_slots, &until);
+    for (int i = 0; i < settings.queries; i++) sem_clockwait(&query_slots, CLOCK_MONOTONIC, &until);
     say(totals());
     _exit(0);  // no destructors: listeners and clients still run
 }

@@ -632,6 +632,33 @@ TEST("tls.a_ticket_is_never_used_twice") {  // (83): 200 queries at once
     p.proxy.stop();
 }
 
+// A ticket of one resolver would tell another one that they have this client in common.
+TEST("tls.tickets_are_not_offered_to_another_upstream") {
+    Certificates certificates;
+    Upstream first(certificates), second(certificates);
+    Proxy proxy(certificates, {first.spec(), second.spec()}, {"-k", "0"});
+    for (int i = 0; i < 3; i++) CHECK_EQ(proxy.ask(make_query("a.test")).rcode(), 0);
+    CHECK(!first.seen().tickets.empty());
+    first.set({.accept = Options::Close});
+    CHECK_EQ(proxy.ask(make_query("a.test")).rcode(), 0);
+    const int pre_shared_key = 41;  // RFC 8446 4.2
+    CHECK(!second.seen().hellos.at(0).extensions.count(pre_shared_key));
+    proxy.stop();
+}
+
+// Else a resolver that has Nagle's algorithm, which is the default, answers 40 ms late.
+TEST("tls.tickets_are_acknowledged_at_once") {
+    Pair p({.nagle = true}, {"-k", "0"});
+    double least = 1;
+    for (int i = 0; i < 20; i++) {
+        const auto start = Clock::now();
+        CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
+        least = std::min(least, since(start));
+    }
+    CHECK_WHY(least < 0.038, std::to_string(least));
+    p.proxy.stop();
+}
+
 TEST("tls.rejected_ticket_costs_no_answer") {  // (85): the resolver was started anew
     Certificates certificates;
     auto first = std::make_unique<Upstream>(certificates);
@@ -1028,6 +1055,19 @@ TEST("concurrency.a_thousand_queries_at_once_each_get_their_own_answer") {  // (
 }
 TEST("concurrency.a_thousand_at_once_with_reuse") {
     a_thousand_at_once({"-q", "-R", "-n", "1000", "-t", "50000"});
+}
+
+// Its time may be up when it gets its slot: the one before it had the same.
+TEST("concurrency.a_query_that_waited_too_long_for_its_slot_is_answered") {
+    Pair p({.deaf = true}, {"-n", "1", "-t", "600"});
+    Client c(SOCK_STREAM, p.proxy.port);
+    for (int i = 0; i < 6; i++) c.send(make_query("a.test"));
+    for (int i = 0; i < 6; i++) {
+        const auto a = c.receive();
+        CHECK(a);
+        CHECK_EQ(Answer(*a).rcode(), 2);
+    }
+    p.proxy.stop();
 }
 
 TEST("concurrency.few_of_the_threads_of_a_burst_stay") {

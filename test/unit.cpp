@@ -260,6 +260,9 @@ TEST("reply.flags_opt_and_error") {
     const Answer n(dot::reply(query_of(q), dot::NOTIMP));
     CHECK(n.octets[3] == 4 && n.has_opt && n.options.empty());
     CHECK(!Answer(dot::reply(query_of(plain), dot::SERVFAIL, 23)).has_opt);
+    Octets many = with(plain, 5, 200);  // questions, for an answer many times as long
+    for (int i = 1; i < 200; i++) many.insert(many.end(), {0, 0, 1, 0, 1});
+    CHECK(!query_of(many).layout.fault && dot::reply(query_of(many), dot::FORMERR).size() == 12);
     const Answer broken(dot::reply(query_of(with(plain, 12, 64)), dot::FORMERR));
     CHECK(broken.octets.size() == 12 && broken.count(0) == 0);
 }

@@ -471,8 +471,8 @@ bool Upstream::Shared::serve_query(SSL* ssl, int fd, const Octets& query) {
 
 void Upstream::Shared::serve(int fd, int number) {
     const Options o = now();
-    const int one = 1;
-    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+    const int no_delay = !o.nagle;
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &no_delay, sizeof no_delay);
     uint8_t first = 0;
     if (o.accept == Options::Plaintext) {
         const char text[] = "HTTP/1.1 400 Bad Request\r\n\r\n";

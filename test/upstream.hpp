@@ -61,6 +61,7 @@ struct Options {
     int idle_ms = 0;            // closes a connection that is silent for so long; 0: never
     int delay_ms = 0;           // of every answer
     bool deaf = false;          // reads queries and never answers
+    bool nagle = false;         // holds an answer back until what was sent before is acknowledged
 };
 
 // What a client says first.
