@@ -151,7 +151,8 @@ bool matches(const Query& query, const Bytes& answer, const Layout& layout);
 std::optional<Bytes> unpad(const Query& query, Bytes answer, Layout layout);
 
 // [8] The answer if its client can take it, else its header, question and OPT with TC set. Over UDP
-// that is 512 octets, or what its OPT says, but not more than `most_udp`, RFC 6891 6.2.5.
+// that is 512 octets, or more if its OPT says so, but not more than `most_udp`, RFC 6891 6.2.5.
+// After unpad(), for padding must not make an answer too long.
 Bytes cut(const Query& query, Bytes answer, size_t most_udp);
 
 // [8] An answer of the proxy's own. To an EDNS client it has an OPT, and an Extended DNS Error
