@@ -6,6 +6,7 @@
 // Slots bound what strangers start.
 #include <getopt.h>
 #include <grp.h>
+#include <malloc.h>
 #include <netinet/tcp.h>
 #include <pwd.h>
 #include <semaphore.h>
@@ -275,6 +276,7 @@ static int run() {
     for (int wanted : {SIGTERM, SIGINT, SIGUSR1}) sigaddset(&signals, wanted);
     pthread_sigmask(SIG_BLOCK, &signals, nullptr);
     signal(SIGPIPE, SIG_IGN);
+    mallopt(M_ARENA_MAX, 2);  // glibc would keep eight for each core: 1.5 MB more at saturation
     prepare();
     std::vector<std::pair<int, int>> listeners;  // and their types
     for (auto& address : settings.listen)
@@ -292,9 +294,8 @@ static int run() {
     for (int caught = 0; caught != SIGTERM && caught != SIGINT;)
         if (sigwait(&signals, &caught) == 0 && caught == SIGUSR1) say(totals());
     stopping = true;
-    timespec until{};
-    clock_gettime(CLOCK_MONOTONIC, &until);
-    until.tv_sec += 3;  // for the queries in flight, which give their permits back
+    // For the queries in flight, which give their permits back. CLOCK_MONOTONIC is the steady clock.
+    const timespec until{Clock::now().time_since_epoch() / seconds(1) + 3, 0};
     for (int i = 0; i < settings.queries; i++) sem_clockwait(&query_slots, CLOCK_MONOTONIC, &until);
     say(totals());
     _exit(0);  // no destructors: listeners and clients still run
