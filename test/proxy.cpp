@@ -648,15 +648,20 @@ TEST("tls.tickets_are_not_offered_to_another_upstream") {
 
 // Else a resolver that has Nagle's algorithm, which is the default, answers 40 ms late.
 TEST("tls.tickets_are_acknowledged_at_once") {
-    Pair p({.nagle = true}, {"-k", "0"});
-    double least = 1;
-    for (int i = 0; i < 20; i++) {
-        const auto start = Clock::now();
-        CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
-        least = std::min(least, since(start));
+    double median[2];
+    for (bool nagle : {false, true}) {
+        Pair p({.nagle = nagle}, {"-k", "0"});
+        std::vector<double> took;
+        for (int i = 0; i < 21; i++) {
+            const auto start = Clock::now();
+            CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
+            took.push_back(since(start));
+        }
+        std::sort(took.begin(), took.end());
+        median[nagle] = took[10];
+        p.proxy.stop();
     }
-    CHECK_WHY(least < 0.038, std::to_string(least));
-    p.proxy.stop();
+    CHECK_WHY(median[1] < median[0] + 0.025, std::to_string(median[1]));
 }
 
 TEST("tls.rejected_ticket_costs_no_answer") {  // (85): the resolver was started anew
