@@ -294,8 +294,9 @@ static int run() {
     for (int caught = 0; caught != SIGTERM && caught != SIGINT;)
         if (sigwait(&signals, &caught) == 0 && caught == SIGUSR1) say(totals());
     stopping = true;
-    // For the queries in flight, which give their permits back. CLOCK_MONOTONIC is the steady clock.
-    const timespec until{Clock::now().time_since_epoch() / seconds(1) + 3, 0};
+    // For the queries in flight, which give their permits back: 3 s, within half a second.
+    // CLOCK_MONOTONIC is the steady clock.
+    const timespec until{Clock::now().time_since_epoch() / seconds(1) + 3, 500000000};
     for (int i = 0; i < settings.queries; i++) sem_clockwait(&query_slots, CLOCK_MONOTONIC, &until);
     say(totals());
     _exit(0);  // no destructors: listeners and clients still run

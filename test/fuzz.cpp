@@ -97,7 +97,7 @@ static void check_padded(const dot::Query& q, const Octets& padded) {
 }
 
 static void query(const Octets& octets) {
-    const dot::Query q(octets, false);
+    const dot::Query q{octets, false};
     const int verdict = dot::judge(q).rcode;
     if (octets.size() < dot::header_size) {
         CHECK_EQ(verdict, int(dot::silence));
@@ -128,7 +128,7 @@ static void query(const Octets& octets) {
 static void answer(const Octets& in) {
     if (in.size() < 3) return;
     const size_t length = std::min<size_t>(size_t(get16(in, 1)), in.size() - 3);
-    const dot::Query q({in.begin() + 3, in.begin() + 3 + length}, in[0] & 1);
+    const dot::Query q{{in.begin() + 3, in.begin() + 3 + length}, (in[0] & 1) != 0};
     if (dot::judge(q).rcode != dot::forward) return;
     Octets a(in.begin() + 3 + length, in.end());
     if (in[0] & 2) {
