@@ -7,6 +7,7 @@
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -18,6 +19,7 @@
 #include <functional>
 #include <map>
 #include <optional>
+#include <random>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -91,18 +93,28 @@ inline int run(const std::string& command, std::string& output) {  // by the she
     return WEXITSTATUS(pclose(pipe));
 }
 
-inline int free_port() {  // for UDP and TCP, IPv4 and IPv6; somebody else may still take it
+// A port for UDP and TCP, IPv4 and IPv6, for as long as this program runs. Not one that the system gives
+// out by itself: it could give it to another before it is used. That no other test takes it shows a socket
+// in the abstract name space: only one program can have the name.
+inline int free_port() {
+    static std::mt19937 random{std::random_device{}()};
     for (int i = 0; i < 200; i++) {
+        const int port = 10000 + int(random() % 10000);
+        sockaddr_un name{AF_UNIX, {}};
+        const int length = snprintf(name.sun_path + 1, sizeof name.sun_path - 1, "dot-proxy test %d", port);
+        const int mine = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);  // stays open
+        const auto named = socklen_t(offsetof(sockaddr_un, sun_path) + 1 + size_t(length));
+        bool good = bind(mine, (sockaddr*)&name, named) == 0;
         sockaddr_in6 any{};
         any.sin6_family = AF_INET6;
-        const int udp = socket(AF_INET6, SOCK_DGRAM, 0), tcp = socket(AF_INET6, SOCK_STREAM, 0);
-        socklen_t size = sizeof any;
-        bool good = bind(udp, (sockaddr*)&any, size) == 0 &&
-                    getsockname(udp, (sockaddr*)&any, &size) == 0 &&
-                    bind(tcp, (sockaddr*)&any, size) == 0;
-        close(udp);
-        close(tcp);
-        if (good) return ntohs(any.sin6_port);
+        any.sin6_port = htons(uint16_t(port));
+        for (int type : {SOCK_DGRAM, SOCK_STREAM}) {
+            const int fd = socket(AF_INET6, type, 0);
+            good = good && bind(fd, (sockaddr*)&any, sizeof any) == 0;
+            close(fd);
+        }
+        if (good) return port;
+        close(mine);
     }
     throw std::runtime_error("no free port");
 }
