@@ -11,41 +11,26 @@
 #include <openssl/ssl.h>
 #include <openssl/x509v3.h>
 #include <poll.h>
+#include <resolv.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <bitset>
-#include <cstdarg>
 #include <cstring>
 #include <deque>
 #include <regex>
 
-namespace dot {
-
-using Lock = std::lock_guard<std::mutex>;
+using Lock = std::lock_guard<std::recursive_mutex>;  // a look at a connection may bring a ticket
 Settings settings;
 
-std::string text(const char* format, ...) {
-    char line[1024];
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(line, sizeof line, format, arguments);
-    va_end(arguments);
-    return line;
-}
-
-void say(const std::string& line) {
-    const std::string whole = line + "\n";
+void say(std::string line) {
+    line += '\n';
     // A reader who is gone or a full disk must not stop the service.
-    (void)!write(STDOUT_FILENO, whole.data(), whole.size());
+    (void)!write(STDOUT_FILENO, line.data(), line.size());
 }
 
-double ms(Clock::duration time) { return std::chrono::duration<double, std::milli>(time).count(); }
-
-static std::mutex counting;  // guards what follows
-static std::map<std::string, int> counts{
-    {"udp", 0}, {"tcp", 0}, {"success", 0}, {"failure", 0}, {"denied", 0}, {"raced", 0},
-    {"race_won", 0}, {"dialled", 0}, {"ready", 0}, {"resumed", 0}, {"in_flight_most", 0}};
+static std::recursive_mutex counting;  // guards what follows
+static std::map<std::string, int> counts{{"udp", 0}, {"tcp", 0}, {"success", 0}, {"failure", 0}};
 
 void count(std::string name, int more, bool most) {
     std::replace(name.begin(), name.end(), ' ', '_');
@@ -95,40 +80,38 @@ Address parse_address(const std::string& from, int default_port) {
 }
 
 std::string parse_prefix(const std::string& from) {
-    const size_t slash = from.find('/');
-    const std::string bits = parse_address(from.substr(0, slash), 0).bits();
-    if (slash == from.npos) return bits;
-    const int most = int(bits.size()) - 1;
-    return bits.substr(0, 1 + parse_number(from.substr(slash + 1), 0, most, "prefix length"));
+    const size_t at = from.find('/');
+    const std::string bits = parse_address(from.substr(0, at), 0).bits();
+    if (at == from.npos) return bits;
+    return bits.substr(0, 1 + parse_number(from.substr(at + 1), 0, int(bits.size()) - 1, "bits"));
 }
 
+static const std::map<std::string, std::string> known{
+    {"cloudflare", "1.1.1.1 1.0.0.1 2606:4700:4700::1111 2606:4700:4700::1001#cloudflare-dns.com"},
+    {"google", "8.8.8.8 8.8.4.4 2001:4860:4860::8888 2001:4860:4860::8844#dns.google"},
+    {"quad9", "9.9.9.9 149.112.112.112 2620:fe::fe 2620:fe::9#dns.quad9.net"}};
+
 std::vector<Peer> parse_upstream(const std::string& from) {
-    static const char* const known[][6] = {
-        {"cloudflare", "cloudflare-dns.com", "1.1.1.1", "1.0.0.1", "2606:4700:4700::1111",
-         "2606:4700:4700::1001"},
-        {"google", "dns.google", "8.8.8.8", "8.8.4.4", "2001:4860:4860::8888",
-         "2001:4860:4860::8844"},
-        {"quad9", "dns.quad9.net", "9.9.9.9", "149.112.112.112", "2620:fe::fe", "2620:fe::9"}};
-    std::vector<Peer> peers;
-    for (auto& [alias, name, a, b, c, d] : known)
-        for (auto address : {a, b, c, d})
-            if (from == alias) peers.push_back({parse_address(address, 853), name, {}});
-    if (!peers.empty()) return peers;
+    const std::string whole = known.contains(from) ? known.at(from) : from;
     // Not port 53, RFC 7858 3.1. A name with a letter, so that it is no IP address. The base64 of
     // 32 octets is 43 digits and "=".
     static const std::regex form(
-        "((?!.*@0*53#)[^#]*)#([\\w.-]*[A-Za-z][\\w.-]*)((,pin-sha256=[A-Za-z0-9+/]{43}=)*)");
+        "((?!.*@0*53[ #])[^#]+)#([\\w.-]*[A-Za-z][\\w.-]*)((,pin-sha256=[A-Za-z0-9+/]{43}=)*)");
     std::smatch part;
-    if (!std::regex_match(from, part, form))
+    if (!std::regex_match(whole, part, form))
         throw BadOption("'" + from + "' is not cloudflare, google, quad9 or ADDR[@PORT]#NAME[,pin-"
                         "sha256=BASE64]..., with the NAME it must prove and another PORT than 53");
-    Peer peer{parse_address(part[1], 853), part[2], {}};
+    std::vector<Bytes> keys;
     for (std::string pins = part[3]; !pins.empty(); pins = pins.substr(56)) {
         uint8_t octets[33];  // the last one stands for the "="
         EVP_DecodeBlock(octets, reinterpret_cast<const uint8_t*>(&pins[12]), 44);
-        peer.pins.emplace_back(octets, octets + 32);
+        keys.emplace_back(octets, octets + 32);
     }
-    return {peer};
+    std::istringstream addresses(part[1]);
+    std::vector<Peer> peers;
+    for (std::string one; std::getline(addresses, one, ' ');)
+        peers.push_back({parse_address(one, 853), part[2], keys});
+    return peers;
 }
 
 // ---- Messages ----------------------------------------------------------------------------------
@@ -144,12 +127,13 @@ static void put16(Bytes& m, size_t at, size_t value) {
     m[at + 1] = uint8_t(value);
 }
 
+static const std::map<int, const char*> type_names{
+    {0, "-"}, {1, "A"}, {2, "NS"}, {5, "CNAME"}, {6, "SOA"}, {12, "PTR"}, {15, "MX"}, {16, "TXT"},
+    {28, "AAAA"}, {33, "SRV"}, {OPT, "OPT"}, {65, "HTTPS"}, {IXFR, "IXFR"}, {AXFR, "AXFR"}};
+
 std::string type_name(int type) {
-    static const std::map<int, const char*> names{
-        {0, "-"}, {1, "A"}, {2, "NS"}, {5, "CNAME"}, {6, "SOA"}, {12, "PTR"}, {15, "MX"},
-        {16, "TXT"}, {28, "AAAA"}, {33, "SRV"}, {65, "HTTPS"}, {IXFR, "IXFR"}, {AXFR, "AXFR"}};
-    const auto known = names.find(type);
-    return known != names.end() ? known->second : text("TYPE%d", type);
+    const auto known = type_names.find(type);
+    return known != type_names.end() ? known->second : text("TYPE%d", type);
 }
 
 std::string rcode_name(int rcode) {
@@ -176,9 +160,10 @@ static void parse_opt(const Bytes& m, size_t start, size_t type, size_t end, Lay
     l.opt = start;
     l.opt_end = end;
     size_t at = type + 10;
-    while (end <= m.size() && at + 4 <= end && at + 4 + u16(m, at + 2) <= end) {
+    while (at + 4 <= end && at + 4 + u16(m, at + 2) <= end) {
         const auto data = m.begin() + at + 4;
         l.options.push_back({u16(m, at), {data, data + u16(m, at + 2)}});
+        l.fields.insert(l.fields.end(), {{at, "option"}, {at + 2, "size"}, {at + 4, "data"}});
         at += 4 + l.options.back().data.size();
     }
     if (at != end || m[start] != 0) l.fault = "a malformed OPT";
@@ -186,6 +171,8 @@ static void parse_opt(const Bytes& m, size_t start, size_t type, size_t end, Lay
 
 Layout parse(const Bytes& m) {
     Layout l;
+    auto& f = l.fields = {{0, "id"}, {2, "flags"}, {4, "questions"}, {6, "answers"},
+                          {8, "authorities"}, {10, "additionals"}};
     if (m.size() < header_size) l.fault = "shorter than a header";
     for (int section = 0; section < 4 && !l.fault; section++) {
         for (int left = u16(m, 4 + 2 * section); left > 0 && !l.fault; left--) {
@@ -193,23 +180,58 @@ Layout parse(const Bytes& m) {
             l.end = at + (section ? 10 : 4);
             const int type = at && l.end <= m.size() ? u16(m, at) : -1;
             if (type >= 0 && section) l.end += u16(m, at + 8);
+            if (type < 0 || l.end > m.size()) l.fault = "a name or record does not parse";
+            f.push_back({start, l.fault ? l.fault : "name"});
+            if (l.fault) return l;
+            if (section == 0) std::tie(l.question_end, l.type) = std::pair(l.end, type);
+            f.insert(f.end(), {{at, "type"}, {at + 2, type == OPT ? "UDP size" : "class"}});
+            if (section) f.insert(f.end(), {{at + 4, "TTL"}, {at + 8, "size"}, {at + 10, "data"}});
             if (type == OPT && section) parse_opt(m, start, at, l.end, l);
             if (type == OPT && section && section < 3) l.fault = "an OPT that is not additional";
-            if (type < 0 || l.end > m.size()) l.fault = "a name or record does not parse";
             l.is_signed = section == 3 && (type == TSIG || type == SIG);
         }
-        if (section == 0 && !l.fault) l.question_end = l.end;
-        if (section == 0 && l.question_end > header_size) l.type = u16(m, l.question_end - 4);
     }
+    f.push_back({l.end, "the rest"});  // which no section counts
     return l;
 }
 
-void Query::tell(int step, const std::string& what, const Bytes& message) const {
+std::string annotate(const Bytes& m) {
+    auto fields = parse(m).fields;
+    fields.push_back({m.size(), ""});
+    std::string out;
+    size_t number = 0, type = 0;
+    for (auto one = fields.begin(); one->first < m.size(); one++, number = 0) {
+        const std::string field = one->second;
+        const size_t at = one->first, to = std::min(one[1].first, m.size()), size = to - at;
+        std::string hex, says(m.begin() + at, m.begin() + to);
+        char buf[1025] = "";  // for the longest name, each octet as four characters
+        for (size_t i = at; i < to; hex += text(" %02x", m[i++])) number = number << 8 | m[i];
+        if (size > 16 && hex.compare(3, hex.npos, hex, 0, hex.size() - 3) == 0)  // all the same
+            hex = says = text(" %02x * %zu", m[at], size);
+        const auto flag = [=](int bit, const char* set) { return number >> bit & 1 ? set : ""; };
+        if (size <= 4 && field != "data") says = std::to_string(number);
+        if (field == "type") says = type_name(int(type = number));
+        if (field == "TTL" && type == OPT) says = text("version %d %s", m[at + 1], flag(15, "DO"));
+        if (field == "flags")
+            says = text("opcode %zu, %s%s%s%s%s%s%s%s", number >> 11 & 15, flag(15, "QR "),
+                        flag(10, "AA "), flag(9, "TC "), flag(8, "RD "), flag(7, "RA "),
+                        flag(6, "Z "), flag(5, "AD "), flag(4, "CD ")) + rcode_name(number & 15);
+        if (field == "data" && (type == 1 ? size == 4 : type == 28 && size == 16))  // A and AAAA
+            says = inet_ntop(type == 1 ? AF_INET : AF_INET6, &m[at], buf, sizeof buf);
+        if (field == "name" || (field == "data" && (type == 2 || type == 5 || type == 12)))
+            says = dn_expand(&m[0], &m[0] + m.size(), &m[at], buf, 1025) > 0 && *buf ? buf : ".";
+        std::ranges::replace_if(says, [](uint8_t c) { return c < ' ' || c > '~'; }, '.');
+        out += text("\n        %-12s %-28.800s", one->second, says.c_str()) + hex;
+    }
+    return out;
+}
+
+void Query::tell(int step, const std::string& what, const Bytes& m) const {
     if (settings.verbose == 0) return;
-    std::string hex;
-    if (settings.verbose > 1)
-        for (uint8_t octet : message) hex += text(" %02x", octet);
-    say(text("#%u [%d] %7.1f ms  ", number, step, ms(Clock::now() - taken)) + what + hex);
+    std::string hex = settings.verbose > 1 ? annotate(m) : "";
+    if (!hex.empty() && (tcp || step == 5 || step == 6))  // framed
+        hex = text("\n        %-42s%02zx %02zx", "length", m.size() >> 8, m.size() & 255) + hex;
+    say(text("#%u [%d] %7.1f ms  ", number, step, Ms(Clock::now() - taken).count()) + what + hex);
 }
 
 Verdict judge(const Query& query) {  // [2]
@@ -340,18 +362,9 @@ void set_option(int fd, int level, int option, int value) {
     setsockopt(fd, level, option, &value, sizeof value);
 }
 
-// Milliseconds from now to `until`: never a little too early, never negative.
-static int time_left(Time until) {
-    return int(std::clamp(ms(until - Clock::now()) + 0.999, 0.0, 3600e3));
-}
-
-std::optional<Bytes> read_frame(int fd, Time until) {
+std::optional<Bytes> read_frame(int fd) {
     Bytes in(2);
     for (bool length : {true, false}) {
-        // On Linux the kernel counts this limit down over all the waits of one call. 0 is for ever.
-        const int left = std::max(time_left(until), 1);
-        const timeval limit{left / 1000, left % 1000 * 1000};
-        setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
         if (in.empty() || recv(fd, in.data(), in.size(), MSG_WAITALL) < int(in.size())) return {};
         if (length) in.resize(u16(in, 0));
     }
@@ -367,7 +380,7 @@ bool may_ask(const Address& client) {
 }
 
 bool over_rate(const Address& client, bool tcp) {
-    static std::mutex mutex;               // guards what follows
+    static std::recursive_mutex mutex;     // guards what follows
     static std::map<std::string, Time> buckets;  // when each is full again, and as good as none
     if (settings.rate == 0) return false;
     Lock lock(mutex);
@@ -480,7 +493,7 @@ struct Upstream : Peer {
         if (connection) parked_.push_back(std::move(connection));
     }
 
-    // Drops one of too many for how little is asked. Returns how many there are.
+    // Drops those that are dead or too old. Returns how many there are.
     size_t tend();
 
     void rest() {
@@ -489,7 +502,7 @@ struct Upstream : Peer {
         rest_until_ = tried_ + std::min(seconds(300), seconds(1 << std::min(failures++, 9)));
     }
 
-    std::mutex mutex_;  // guards all below
+    std::recursive_mutex mutex_;  // guards all below
     std::deque<Session> tickets_;
     std::deque<std::shared_ptr<Connection>> parked_;
     size_t opening_ = 0;
@@ -568,8 +581,9 @@ struct Connection {
     // it is verified. false: it waits, or has failed.
     bool advance() {
         if (!why_.empty()) return false;
+        ERR_clear_error();  // another connection of this thread may have left some
         if (!verified) {  // [4]
-            if (!call([&] { return SSL_connect(ssl.get()); })) return false;
+            if (!call(SSL_connect(ssl.get()))) return false;
             verified = true;  // OpenSSL has judged the certificate, and the protocol chosen by ALPN
             since = Clock::now();
             upstream.group = int(SSL_get_negotiated_group(ssl.get()));
@@ -577,32 +591,28 @@ struct Connection {
             if (settings.verbose) tell_how();
         }
         if (!out_.empty()) {  // [5] RFC 7858 3.3: length and message together, in one record
-            if (!call([&] { return SSL_write(ssl.get(), out_.data(), int(out_.size())); }))
-                return false;
+            if (!call(SSL_write(ssl.get(), out_.data(), int(out_.size())))) return false;
             // Else the tickets' acknowledgement is 40 ms late, and with it the answer: the
             // resolver's Nagle algorithm holds it back until then.
-            if (!used) set_option(fd, IPPROTO_TCP, TCP_QUICKACK, 1);
-            used = true;
+            set_option(fd, IPPROTO_TCP, TCP_QUICKACK, 1);
             since = Clock::now();
-            if (settings.verbose) tell(5, text("2 + %zu octets in one record", out_.size() - 2));
+            tell(5, text("2 + %zu octets in one record", out_.size() - 2), out_);
             out_.clear();
             return events = POLLIN, false;  // it will take a while
         }
         while (have_ < in_.size()) {  // [6] the length, then as many octets
-            const int got = call([&] {
-                return SSL_read(ssl.get(), &in_[have_], int(in_.size() - have_));
-            });
+            const int got = call(SSL_read(ssl.get(), &in_[have_], int(in_.size() - have_)));
             if (!got) return false;
             have_ += size_t(got);
             if (have_ == 2) in_.resize(2 + size_t(u16(in_, 0)));
         }
-        if (settings.verbose) tell(6, text("2 + %zu octets", in_.size() - 2));
+        tell(6, text("2 + %zu octets", in_.size() - 2), in_);
         return true;
     }
 
     bool alive() {  // when verified: the other end has not closed it
         uint8_t octet;
-        if (used && Clock::now() < since + seconds(1)) return true;  // as good as sure
+        if (!in_.empty() && Clock::now() < since + seconds(1)) return true;  // it just was
         ERR_clear_error();  // this also reads the tickets that have come
         return SSL_get_error(ssl.get(), SSL_peek(ssl.get(), &octet, 1)) == SSL_ERROR_WANT_READ;
     }
@@ -629,14 +639,12 @@ struct Connection {
     int fd;
     short events = POLLOUT;  // what advance() waits for, as of poll(2)
     bool verified = false;   // the other end proved who it is
-    bool used = false;       // a query was sent on it
     bool ready = false;      // it was verified before the query came
     Time since;              // when it was verified, or its query was sent
 
-    // What the OpenSSL call returned; 0: it waits for `events`, or failed.
-    int call(auto operation) {
-        ERR_clear_error();
-        const int result = operation(), error = errno;
+    // What an OpenSSL call returned; 0: it waits for `events`, or failed.
+    int call(int result) {
+        const int error = errno;
         if (result > 0) return result;
         const int kind = SSL_get_error(ssl.get(), result);
         events = kind == SSL_ERROR_WANT_WRITE ? POLLOUT : POLLIN;
@@ -652,8 +660,9 @@ struct Connection {
         return fail(why, verified ? 0 : query_ ? useless : 1);  // less, if no client waited
     }
 
-    void tell(int step, const std::string& what) const {
-        if (query_) query_->tell(step, upstream.address.str() + " " + what);
+    void tell(int step, const std::string& what, const Bytes& m = Bytes(2)) const {
+        if (query_ && settings.verbose)
+            query_->tell(step, upstream.address.str() + " " + what, {m.begin() + 2, m.end()});
     }
 
     void tell_how() const {
@@ -671,14 +680,12 @@ struct Connection {
 };
 
 std::shared_ptr<Connection> Upstream::take() {
-    std::unique_lock lock(mutex_);
+    Lock lock(mutex_);
     while (!parked_.empty()) {
-        auto oldest = std::move(parked_.front());
+        const auto oldest = std::move(parked_.front());
         parked_.pop_front();
-        lock.unlock();  // for the tickets that alive() may read
         const bool alive = oldest->alive();
         const Clock::duration age = Clock::now() - oldest->since;
-        lock.lock();
         if (alive && age < idle_limit_) return oldest;
         // Closed by the other end: so this is its limit. Not closed: it may be longer, try that.
         if (alive) idle_limit_ = std::min(age * 6 / 5, longest_idle);
@@ -690,8 +697,7 @@ std::shared_ptr<Connection> Upstream::take() {
 size_t Upstream::tend() {
     auto oldest = take();
     Lock lock(mutex_);
-    const bool few = parked_.size() < warm_stock, busy = Clock::now() < asked.load() + seconds(5);
-    if (oldest && (few || busy)) parked_.push_front(std::move(oldest));
+    if (oldest) parked_.push_front(std::move(oldest));
     return parked_.size() + opening_;
 }
 
@@ -716,7 +722,7 @@ static bool accept(const Query& query, Connection& one, Outcome& outcome) {
     const Layout layout = parse(answer);
     const auto clean = matches(query, answer, layout) ? unpad(query, answer, layout) : std::nullopt;
     if (!clean) return one.fail("sent what is no answer to this query", 0);
-    query.tell(7, text("%zu -> %zu octets", answer.size(), clean->size()), answer);
+    query.tell(7, text("%zu -> %zu octets", answer.size(), clean->size()));
     one.upstream.answered(Clock::now() - one.since);
     outcome = {*clean, one.upstream.name + " " + one.how(), &one, std::move(outcome.tries)};
     return true;
@@ -726,7 +732,8 @@ static void wait_for(const Connections& tries, Time until) {
     std::vector<pollfd> waiting;
     for (auto& one : tries)
         if (one->why_.empty()) waiting.push_back({one->fd, one->events, 0});
-    poll(waiting.data(), waiting.size(), time_left(until));
+    const double left = Ms(until - Clock::now()).count() + 0.999;  // never a little too early
+    poll(waiting.data(), waiting.size(), int(std::clamp(left, 0.0, 3600e3)));
 }
 
 // [4]-[7] The race: if no try is left running another follows at once, and one that is late is
@@ -739,9 +746,8 @@ static void ask(const Query& query, const Bytes& message, Outcome& outcome, auto
     size_t running = 0;
     for (Time now; (now = Clock::now()) < query.deadline;) {
         const bool late = running > 0 && now >= next_try;
-        const bool race = late && race_budget >= race_price;
         // RFC 9520 3.1: three at most.
-        const bool more = tries.size() < 3 && (!running || race);
+        const bool more = tries.size() < 3 && (!running || (late && race_budget >= race_price));
         // A query whose upstream failed may at once try one that rests; else one does in 100 ms.
         Upstream* const next = more ? choose(last, last && !running ? 0 : 100) : nullptr;
         if (!running && !next) return;
@@ -772,7 +778,7 @@ static void ask(const Query& query, const Bytes& message, Outcome& outcome, auto
 
 Outcome resolve(const Query& query, const std::function<void()>& slow) {
     const Bytes message = pad(query);  // [3]
-    query.tell(3, text("%zu -> %zu octets", query.octets.size(), message.size()), message);
+    query.tell(3, text("%zu -> %zu octets", query.octets.size(), message.size()));
     Outcome outcome{{}, "every upstream failed a moment ago, or its time is up"};
     asked = query.taken;
     if (race_budget < race_burst) ++race_budget;
@@ -816,5 +822,3 @@ void tend() {
         }
     }
 }
-
-}  // namespace dot

@@ -37,18 +37,20 @@
 #include <thread>
 #include <vector>
 
-namespace dot {
-
 using Bytes = std::vector<uint8_t>;
 using Clock = std::chrono::steady_clock;  // the wall clock jumps; deadlines must not
 using Time = Clock::time_point;
+using Ms = std::chrono::duration<double, std::milli>;
 using std::chrono::milliseconds, std::chrono::seconds;
 using BadOption = std::invalid_argument;  // what the user asked for cannot be done: exit 2
 
-std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
+std::string text(const char* format, auto... with) {  // as printf(3), 1023 characters at most
+    char line[1024];
+    snprintf(line, sizeof line, format, with...);
+    return line;
+}
 // Prints a line on stdout in one write(2), so that the lines of many threads do not mix.
-void say(const std::string& line);
-double ms(Clock::duration duration);
+void say(std::string line);
 // Adds to one of the totals, which the program prints as a line of name=value; or keeps the `most`.
 void count(std::string name, int more = 1, bool most = false);
 std::string totals();
@@ -87,8 +89,8 @@ std::vector<Peer> parse_upstream(const std::string& from);
 struct Settings {
     std::vector<Address> listen;
     std::vector<Peer> upstreams;
-    std::vector<std::string> ca;  // files of the certificates to trust; none: the system's
-    std::vector<std::string> allow, deny;  // prefixes
+    // Files of the certificates to trust, none: the system's; prefixes of who may ask, and may not.
+    std::vector<std::string> ca, allow, deny;
     int rate = 0, queries = 512, timeout = 4000, ready = 64, max_udp = 1232, verbose = 0;
     bool reuse = false, quiet = false;
     int uid = -1, gid = -1;  // of whom to become; -1: who it is
@@ -116,8 +118,11 @@ struct Layout {
     bool dnssec_ok = false;       // its DO bit
     size_t udp_size = 512;        // the longest UDP answer its sender takes
     bool is_signed = false;       // ends in TSIG (RFC 8945) or SIG(0) (RFC 2931)
+    std::vector<std::pair<size_t, const char*>> fields{};  // where each begins, and what it is
 };
 Layout parse(const Bytes& message);
+// A line for each field: what it is, what it says, and its octets. Safe for a terminal.
+std::string annotate(const Bytes& message);
 
 // One query on its way. Made in step [1]; owned by the one thread that carries it.
 struct Query {
@@ -128,7 +133,7 @@ struct Query {
     const Time taken = Clock::now(), deadline = taken + milliseconds(settings.timeout);
     inline static std::atomic<unsigned> numbers{0};
 
-    // A line of the story, with -v; and with -vv the message's octets.
+    // A line of the story, with -v; and with -vv the message, annotated.
     void tell(int step, const std::string& what, const Bytes& message = {}) const;
 };
 
@@ -164,7 +169,7 @@ Bytes reply(const Query& query, int rcode, int ede = -1);
 // The message behind its length in two octets, RFC 1035 4.2.2. At most `longest_message` octets.
 Bytes frame(const Bytes& message);
 // A whole message from a blocking stream socket. nullopt: closed, cut short or late.
-std::optional<Bytes> read_frame(int fd, Time until);
+std::optional<Bytes> read_frame(int fd);
 
 void set_option(int fd, int level, int option, int value);  // a socket's; as setsockopt(2)
 
@@ -189,5 +194,3 @@ struct Outcome {
 Outcome resolve(const Query& query, const std::function<void()>& slow);
 void restock(Outcome used);           // after the answer: connections in place of those used
 void tend();                          // keeps a small stock of ready connections warm, for ever
-
-}  // namespace dot

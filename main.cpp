@@ -17,10 +17,6 @@
 
 #include "dot.hpp"
 
-using namespace dot;
-
-constexpr seconds idle_limit{10};  // for a TCP client to send a whole query, RFC 7766 6.2.3
-
 // ---- Options -----------------------------------------------------------------------------------
 
 constexpr char help[] = R"(dot-proxy [options]
@@ -49,16 +45,14 @@ static std::pair<int, int> parse_user(const char* name) {
     return {uid, uid};
 }
 
-// Throws BadOption; of unknown options getopt itself tells.
-static Settings parse_options(int argc, char** argv) {
+// Into the settings; throws BadOption. Of unknown options getopt itself tells.
+static void parse_options(int argc, char** argv) {
     static const option words[] = {
-        {"listen", 1, nullptr, 'l'}, {"upstream", 1, nullptr, 'u'}, {"ca", 1, nullptr, 'c'},
-        {"allow", 1, nullptr, 'a'}, {"deny", 1, nullptr, 'd'}, {"rate", 1, nullptr, 'r'},
-        {"queries", 1, nullptr, 'n'}, {"timeout", 1, nullptr, 't'}, {"ready", 1, nullptr, 'k'},
-        {"reuse", 0, nullptr, 'R'}, {"max-udp", 1, nullptr, 'm'}, {"user", 1, nullptr, 'U'},
-        {"quiet", 0, nullptr, 'q'}, {"verbose", 0, nullptr, 'v'}, {"help", 0, nullptr, 'h'},
-        {"version", 0, nullptr, 'V'}, {}};
-    Settings s, d;  // d: the defaults
+        {"listen", 1, 0, 'l'}, {"upstream", 1, 0, 'u'}, {"ca", 1, 0, 'c'}, {"allow", 1, 0, 'a'},
+        {"deny", 1, 0, 'd'}, {"rate", 1, 0, 'r'}, {"queries", 1, 0, 'n'}, {"timeout", 1, 0, 't'},
+        {"ready", 1, 0, 'k'}, {"reuse", 0, 0, 'R'}, {"max-udp", 1, 0, 'm'}, {"verbose", 0, 0, 'v'},
+        {"quiet", 0, 0, 'q'}, {"user", 1, 0, 'U'}, {"help", 0, 0, 'h'}, {"version", 0, 0, 'V'}, {}};
+    Settings &s = settings, d;  // d: the defaults
     for (int c; (c = getopt_long(argc, argv, "l:u:c:a:d:r:n:t:k:Rm:U:qvhV", words, nullptr)) != -1;)
         switch (c) {
             case 'l': s.listen.push_back(parse_address(optarg, 53)); break;
@@ -82,11 +76,10 @@ static Settings parse_options(int argc, char** argv) {
     if (optind < argc) throw BadOption(text("unexpected argument '%s'", argv[optind]));
     if (s.upstreams.empty()) s.upstreams = parse_upstream("cloudflare");
     if (s.listen.empty()) s.listen = {parse_address("127.0.0.1", 53), parse_address("::1", 53)};
-    if (!s.allow.empty()) return s;
+    if (!s.allow.empty()) return;
     for (auto prefix : {"127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16",
                         "169.254.0.0/16", "::1", "fc00::/7", "fe80::/10"})
         s.allow.push_back(parse_prefix(prefix));
-    return s;
 }
 
 // ---- Listeners ---------------------------------------------------------------------------------
@@ -120,7 +113,6 @@ static Permit take_slot(sem_t& slots, bool wait) {  // empty: there is none now
 }
 
 static sem_t query_slots, client_slots;
-static std::atomic<bool> stopping{false};
 
 // No thread can end the process, even if memory runs out. false: `work` was not done.
 static bool guard(auto work, auto... with) try {
@@ -154,7 +146,7 @@ struct Client {
 
     // [1] nullopt: the stream has ended. Empty: an empty datagram, or recvmsg() failed.
     std::optional<Bytes> take() {
-        if (source.tcp) return read_frame(source.fd, Clock::now() + idle_limit);
+        if (source.tcp) return read_frame(source.fd);
         iovec whole{octets, sizeof octets};
         header = {&address, sizeof address, &whole, 1, control, sizeof control, 0};
         ++source.waiting;
@@ -194,8 +186,8 @@ static void finish(const Query& query, Client& client, const Outcome& outcome) {
     if (settings.quiet) return;
     say(text("%s %s %s %s %zu octets %.1f ms%s %s", outcome.winner ? "SUCCESS" : "FAILURE",
              query.tcp ? "tcp" : "udp", type_name(query.layout.type).c_str(), rcode.c_str(),
-             outcome.octets.size(), ms(Clock::now() - query.taken), outcome.winner ? "" : ":",
-             outcome.detail.c_str()));
+             outcome.octets.size(), Ms(Clock::now() - query.taken).count(),
+             outcome.winner ? "" : ":", outcome.detail.c_str()));
 }
 
 // The steps [1] to [8] of one query after the other. A thread that has taken a query carries it to
@@ -207,12 +199,12 @@ static void serve(std::shared_ptr<Source> source) {
         Client client(*source);
         auto octets = client.take();
         const bool tcp = source->tcp, may = may_ask(client.address);
-        if (!octets || stopping) return;
+        if (!octets) return;
         count(!may ? "denied" : tcp ? "tcp" : "udp");
         if (!may) continue;
         const Query query{std::move(*octets), tcp};
-        const char* transport = tcp ? "TCP" : "UDP";
-        query.tell(1, text("%zu octets over %s", query.octets.size(), transport), query.octets);
+        const std::string size = std::to_string(query.octets.size());
+        query.tell(1, size + (tcp ? " octets over TCP" : " octets over UDP"), query.octets);
         Verdict verdict = judge(query);
         if (verdict.rcode != silence && over_rate(client.address, tcp))
             verdict = {tcp ? REFUSED : cut_short, "over the rate"};  // no more than was sent
@@ -223,7 +215,7 @@ static void serve(std::shared_ptr<Source> source) {
         Permit permit = verdict.rcode == forward ? take_slot(query_slots, tcp) : nullptr;
         int free = 0;
         sem_getvalue(&query_slots, &free);
-        count("in_flight_most", settings.queries - free, true);
+        if (permit) count("in_flight_most", settings.queries - free, true);
         if (verdict.rcode == forward && !permit) verdict = {SERVFAIL, "too many queries in flight"};
         bool left = false;  // to another thread
         const auto leave = [&] { if (!left && !source->waiting) left = detach(serve, source); };
@@ -251,8 +243,10 @@ static void serve_tcp(int listener) {
         std::erase_if(hosts, [](auto& host) { return host.second.use_count() == 1; });
         auto& host = hosts.try_emplace(from.host(), std::make_shared<int>()).first->second;
         auto client = std::make_shared<Source>(true, fd, from, std::move(all), host);
-        const timeval limit{idle_limit.count(), 0};  // on Linux, for one whole send()
-        setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
+        // RFC 7766 6.2.3. On Linux for all the waits of one call, so that no drip resets it.
+        const timeval limit{10, 0};
+        for (int way : {SO_RCVTIMEO, SO_SNDTIMEO})
+            setsockopt(fd, SOL_SOCKET, way, &limit, sizeof limit);
         set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
         // 64 of a host; one more use of the count is the map's.
         if (!may_ask(from) || host.use_count() > 65) count("denied");
@@ -260,18 +254,10 @@ static void serve_tcp(int listener) {
     }
 }
 
-// Gives up root's rights for good, and those that a setuid program could bring; throws.
-static void become(uid_t uid, gid_t gid) {
-    if (geteuid() != uid &&
-        (setgroups(0, nullptr) || setresgid(gid, gid, gid) || setresuid(uid, uid, uid)))
-        throw std::system_error(errno, std::generic_category(), text("cannot become user %u", uid));
-    if (uid != 0 && setuid(0) == 0) throw std::runtime_error("root's rights can be had back");
-    prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
-}
-
 // ---- main --------------------------------------------------------------------------------------
 
-static int run() {
+int main(int argc, char** argv) try {
+    parse_options(argc, argv);
     sigset_t signals{};
     for (int wanted : {SIGTERM, SIGINT, SIGUSR1}) sigaddset(&signals, wanted);
     pthread_sigmask(SIG_BLOCK, &signals, nullptr);
@@ -282,7 +268,13 @@ static int run() {
     for (auto& address : settings.listen)
         for (int type : {SOCK_DGRAM, SOCK_STREAM})
             listeners.emplace_back(open_listener(address, type), type);
-    if (settings.uid >= 0) become(uid_t(settings.uid), gid_t(settings.gid));
+    // Root's rights are given up for good, and those that a setuid program could bring.
+    const uid_t uid = uid_t(settings.uid), gid = uid_t(settings.gid);
+    if (settings.uid >= 0 && geteuid() != uid &&
+        (setgroups(0, nullptr) || setresgid(gid, gid, gid) || setresuid(uid, uid, uid)))
+        throw std::system_error(errno, std::generic_category(), text("cannot become user %u", uid));
+    if (settings.uid > 0 && !setuid(0)) throw std::runtime_error("root's rights can be had back");
+    prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
     sem_init(&query_slots, 0, unsigned(settings.queries));
     sem_init(&client_slots, 0, 256);  // over TCP; more wait to be accepted
     auto forever = [](auto... work) { std::thread([=] { for (;;) guard(work...); }).detach(); };
@@ -293,18 +285,12 @@ static int run() {
     }
     for (int caught = 0; caught != SIGTERM && caught != SIGINT;)
         if (sigwait(&signals, &caught) == 0 && caught == SIGUSR1) say(totals());
-    stopping = true;
-    // For the queries in flight, which give their permits back: 3 s, within half a second.
-    // CLOCK_MONOTONIC is the steady clock.
+    // All slots are taken, so that new queries find none; those in flight are waited for, 3 s
+    // within half a second. CLOCK_MONOTONIC is the steady clock.
     const timespec until{Clock::now().time_since_epoch() / seconds(1) + 3, 500000000};
     for (int i = 0; i < settings.queries; i++) sem_clockwait(&query_slots, CLOCK_MONOTONIC, &until);
     say(totals());
     _exit(0);  // no destructors: listeners and clients still run
-}
-
-int main(int argc, char** argv) try {
-    settings = parse_options(argc, argv);
-    return run();
 } catch (const std::exception& e) {
     if (*e.what()) fprintf(stderr, "dot-proxy: %s\n", e.what());
     return dynamic_cast<const BadOption*>(&e) ? 2 : 1;

@@ -16,7 +16,7 @@ for _ in $(seq 100); do [ -s "$dir/options" ] && break; sleep 0.1; done
 for _ in 1 2 3 4 5; do
     port=$((20000 + (RANDOM * 32768 + RANDOM) % 12000))
     # shellcheck disable=SC2046
-    "$1" -v --listen 127.0.0.1@$port $(cat "$dir/options") 9>&- & proxy=$!
+    "$1" -vv --listen 127.0.0.1@$port $(cat "$dir/options") 9>&- & proxy=$!
     for _ in $(seq 50); do (: </dev/tcp/127.0.0.1/$port) 2>/dev/null && break 2; kill -0 $proxy 2>/dev/null || break; sleep 0.1; done
 done
 # A query by hand, so that no client is needed: example.com, type A. The length of 29 octets comes first.

@@ -15,8 +15,8 @@ using Text = std::string;
 
 enum : int { keepalive = 11, padding = 12, error = 15 };
 
-static bool ours(const dot::Option& o) { return o.code == padding || o.code == keepalive; }
-static bool same(const std::vector<dot::Option>& a, const std::vector<dot::Option>& b) {
+static bool ours(const Option& o) { return o.code == padding || o.code == keepalive; }
+static bool same(const std::vector<Option>& a, const std::vector<Option>& b) {
     return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](auto& x, auto& y) {
         return x.code == y.code && x.data == y.data;
     });
@@ -24,8 +24,8 @@ static bool same(const std::vector<dot::Option>& a, const std::vector<dot::Optio
 static int records(const Octets& m) { return get16(m, 6) + get16(m, 8) + get16(m, 10); }
 
 // Parses to its last octet, for the program and for the tests' own reader.
-static dot::Layout whole(const Octets& m) {
-    const dot::Layout l = dot::parse(m);
+static Layout whole(const Octets& m) {
+    const Layout l = parse(m);
     CHECK_WHY(!l.fault, l.fault);
     CHECK_EQ(l.end, m.size());
     CHECK_EQ(Answer(m).has_opt, l.opt != 0);
@@ -33,7 +33,7 @@ static dot::Layout whole(const Octets& m) {
 }
 
 // The message with its OPT's options but 11 and 12, as written by hand.
-static Octets without_ours(const Octets& m, const dot::Layout& l) {
+static Octets without_ours(const Octets& m, const Layout& l) {
     if (!l.opt) return m;
     Octets out(m.begin(), m.begin() + l.opt + 9), options;
     for (auto& o : l.options) {
@@ -49,7 +49,7 @@ static Octets without_ours(const Octets& m, const dot::Layout& l) {
 }
 
 // Whether something behind the OPT looks like a pointer to behind it, so that it must not move.
-static bool fixed(const Octets& m, const dot::Layout& l) {
+static bool fixed(const Octets& m, const Layout& l) {
     for (size_t at = l.opt ? l.opt_end : m.size(); at + 2 <= m.size(); at++)
         if (get16(m, at) - 0xc000 >= int(l.opt_end)) return true;
     return false;
@@ -58,34 +58,34 @@ static bool fixed(const Octets& m, const dot::Layout& l) {
 // ---- query: any octets -------------------------------------------------------------------------
 
 // The proxy's own answers: of the query nothing but its head, and room for an OPT with an EDE.
-static void check_replies(const dot::Query& q) {
-    const dot::Layout& l = q.layout;
+static void check_replies(const Query& q) {
+    const Layout& l = q.layout;
     const struct { int rcode, ede; } rows[] = {
-        {dot::FORMERR, -1}, {dot::SERVFAIL, 23}, {dot::NOTIMP, -1}, {dot::REFUSED, -1},
-        {dot::cut_short, -1}};
+        {FORMERR, -1}, {SERVFAIL, 23}, {NOTIMP, -1}, {REFUSED, -1},
+        {cut_short, -1}};
     for (auto [rcode, ede] : rows) {
-        const Octets r = dot::reply(q, rcode, ede);
-        const dot::Layout own = whole(r);
+        const Octets r = reply(q, rcode, ede);
+        const Layout own = whole(r);
         CHECK(r.size() <= std::min<size_t>(l.question_end, 12 + 255 + 4) + 11 + 6);
         CHECK(std::equal(r.begin(), r.begin() + 2, q.octets.begin()) && (r[2] & 0x80));
         CHECK_EQ((r[2] ^ q.octets[2]) & 0x79, 0);  // opcode and RD stay
         CHECK_EQ(r[3] & 15, std::max(rcode, 0));
-        CHECK_EQ((r[2] & 2) != 0, rcode == dot::cut_short);
+        CHECK_EQ((r[2] & 2) != 0, rcode == cut_short);
         CHECK(!own.opt == !l.opt && records(r) == (l.opt != 0));
         CHECK_EQ(own.options.size(), size_t(l.opt && ede >= 0));
     }
 }
 
 // Padded: a multiple of 128, or unchanged if it had to be. Nothing but the OPT differs.
-static void check_padded(const dot::Query& q, const Octets& padded) {
-    const dot::Layout &l = q.layout, p = dot::parse(padded);
+static void check_padded(const Query& q, const Octets& padded) {
+    const Layout &l = q.layout, p = parse(padded);
     CHECK_WHY(!p.fault, p.fault);
-    CHECK(padded.size() <= dot::longest_message && padded.size() <= q.octets.size() + 11 + 4 + 127);
+    CHECK(padded.size() <= longest_message && padded.size() <= q.octets.size() + 11 + 4 + 127);
     if (l.is_signed || l.end != q.octets.size() || fixed(q.octets, l)) {
         CHECK(padded == q.octets);
         return;
     }
-    if (padded == q.octets && padded.size() + 11 + 4 + 127 > dot::longest_message) return;
+    if (padded == q.octets && padded.size() + 11 + 4 + 127 > longest_message) return;
     CHECK_EQ(padded.size() % 128, 0u);
     whole(padded);
     CHECK(!p.options.empty() && p.options.back().code == padding);
@@ -97,25 +97,26 @@ static void check_padded(const dot::Query& q, const Octets& padded) {
 }
 
 static void query(const Octets& octets) {
-    const dot::Query q{octets, false};
-    const int verdict = dot::judge(q).rcode;
-    if (octets.size() < dot::header_size) {
-        CHECK_EQ(verdict, int(dot::silence));
+    const Query q{octets, false};
+    CHECK_EQ(fault_of(annotate(octets), octets, q.layout.fields), "");
+    const int verdict = judge(q).rcode;
+    if (octets.size() < header_size) {
+        CHECK_EQ(verdict, int(silence));
         return;
     }
     check_replies(q);
-    CHECK_EQ(verdict == dot::silence, (octets[2] & 0x80) != 0);
-    if (verdict != dot::forward) return;
-    const Octets padded = dot::pad(q);
+    CHECK_EQ(verdict == silence, (octets[2] & 0x80) != 0);
+    if (verdict != ::forward) return;
+    const Octets padded = pad(q);
     check_padded(q, padded);
     // What comes back if the resolver answers with the query itself is the query, with QR, and
     // without the two options that are between proxy and resolver. What is signed stays as it is.
     Octets back = padded, want = q.layout.is_signed ? octets : without_ours(octets, q.layout);
     back[2] |= 0x80;
     want[2] |= 0x80;
-    const dot::Layout l = dot::parse(back);
-    CHECK(dot::matches(q, back, l));
-    const auto clean = dot::unpad(q, back, l);
+    const Layout l = parse(back);
+    CHECK(matches(q, back, l));
+    const auto clean = ::unpad(q, back, l);
     // What could move in the query need not be able to in the answer, whose OPT has another end.
     CHECK_EQ(!clean, !l.is_signed && fixed(back, l));
     if (clean) CHECK(*clean == want);
@@ -128,8 +129,8 @@ static void query(const Octets& octets) {
 static void answer(const Octets& in) {
     if (in.size() < 3) return;
     const size_t length = std::min<size_t>(size_t(get16(in, 1)), in.size() - 3);
-    const dot::Query q{{in.begin() + 3, in.begin() + 3 + length}, (in[0] & 1) != 0};
-    if (dot::judge(q).rcode != dot::forward) return;
+    const Query q{{in.begin() + 3, in.begin() + 3 + length}, (in[0] & 1) != 0};
+    if (judge(q).rcode != ::forward) return;
     Octets a(in.begin() + 3 + length, in.end());
     if (in[0] & 2) {
         Octets head(q.octets.begin(), q.octets.begin() + q.layout.question_end);
@@ -140,14 +141,15 @@ static void answer(const Octets& in) {
         a.erase(a.begin(), a.begin() + 8);
         a.insert(a.begin(), head.begin(), head.end());
     }
-    const dot::Layout l = dot::parse(a);
-    if (!dot::matches(q, a, l)) return;
+    const Layout l = parse(a);
+    CHECK_EQ(fault_of(annotate(a), a, l.fields), "");
+    if (!matches(q, a, l)) return;
     CHECK(!l.fault && get16(a, 0) == get16(q.octets, 0) && (a[2] & 0x80));
-    const auto clean = dot::unpad(q, a, l);
+    const auto clean = ::unpad(q, a, l);
     const bool extended = l.opt && !q.layout.opt && a[l.opt + 5] != 0;  // the rcode
     CHECK_EQ(!clean, !l.is_signed && (fixed(a, l) || extended));
     if (!clean) return;
-    const dot::Layout c = dot::parse(*clean);
+    const Layout c = parse(*clean);
     CHECK_WHY(!c.fault, c.fault);
     if (l.is_signed) {
         CHECK(*clean == a);
@@ -162,8 +164,8 @@ static void answer(const Octets& in) {
     CHECK(std::equal(clean->begin(), clean->begin() + 4, a.begin()));  // id, flags, rcode
     const size_t most = 512 + size_t(in[0] >> 2) * 16;
     const size_t udp = std::clamp<size_t>(q.layout.udp_size, 512, most);
-    const size_t limit = q.tcp ? dot::longest_message : udp;
-    const Octets short_one = dot::cut(q, *clean, most);
+    const size_t limit = q.tcp ? longest_message : udp;
+    const Octets short_one = cut(q, *clean, most);
     if (clean->size() <= limit) {
         CHECK(short_one == *clean);
         return;
@@ -176,15 +178,15 @@ static void answer(const Octets& in) {
 
 // ---- options: a letter for the function, then text ---------------------------------------------
 
-static void check_address(const dot::Address& a) {
-    const dot::Address again = dot::parse_address(a.str(), 1);
+static void check_address(const Address& a) {
+    const Address again = parse_address(a.str(), 1);
     CHECK_EQ(again.str(), a.str());
     CHECK(again.is_v4() == a.is_v4() &&
           memcmp(again.octets(), a.octets(), a.is_v4() ? 4 : 16) == 0 &&
           again.v4.sin_port == a.v4.sin_port);
 }
 
-static Text spec(const dot::Peer& peer) {
+static Text spec(const Peer& peer) {
     Text out = peer.address.str() + "#" + peer.name;
     for (auto& pin : peer.pins) {
         uint8_t base64[48];
@@ -200,18 +202,18 @@ static void options(const Octets& in) {
     const Text from(Text(in.begin() + 1, in.end()).c_str());  // an argument ends at a zero
     try {
         if (in[0] == 'n') {
-            const int number = dot::parse_number(from, 1, 65535, "number");
+            const int number = parse_number(from, 1, 65535, "number");
             CHECK(number >= 1 && number <= 65535);
-            CHECK_EQ(dot::parse_number(std::to_string(number), 1, 65535, "number"), number);
+            CHECK_EQ(parse_number(std::to_string(number), 1, 65535, "number"), number);
         } else if (in[0] == 'a') {
-            check_address(dot::parse_address(from, 853));
+            check_address(parse_address(from, 853));
         } else if (in[0] == 'p') {
-            const Text bits = dot::parse_prefix(from), host = from.substr(0, from.find('/'));
+            const Text bits = parse_prefix(from), host = from.substr(0, from.find('/'));
             CHECK(bits.size() >= 1 && bits.size() <= (bits[0] == '4' ? 33 : 129));
-            CHECK(dot::parse_address(host, 853).bits().starts_with(bits));
-            CHECK_EQ(dot::parse_prefix(host + "/" + std::to_string(bits.size() - 1)), bits);
+            CHECK(parse_address(host, 853).bits().starts_with(bits));
+            CHECK_EQ(parse_prefix(host + "/" + std::to_string(bits.size() - 1)), bits);
         } else {
-            const auto peers = dot::parse_upstream(from);
+            const auto peers = parse_upstream(from);
             CHECK(!peers.empty());
             for (auto& peer : peers) {
                 check_address(peer.address);
@@ -219,11 +221,11 @@ static void options(const Octets& in) {
                 CHECK(std::any_of(peer.name.begin(), peer.name.end(),
                                   [](uint8_t c) { return isalpha(c); }));
                 for (auto& pin : peer.pins) CHECK_EQ(pin.size(), 32u);
-                const auto again = dot::parse_upstream(spec(peer));
+                const auto again = parse_upstream(spec(peer));
                 CHECK(again.size() == 1 && spec(again[0]) == spec(peer));
             }
         }
-    } catch (const dot::BadOption& e) {
+    } catch (const BadOption& e) {
         CHECK(*e.what());
     }
 }

@@ -11,6 +11,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <csignal>
 #include <cstdlib>
@@ -219,6 +220,37 @@ inline bool has_address_of(const Answer& a, const Octets& query) {
     const uint8_t want[] = {uint8_t(hash >> 24), uint8_t(hash >> 16), uint8_t(hash >> 8),
                             uint8_t(hash)};
     return memcmp(want, a.address, 4) == 0;
+}
+
+// Whether -vv's text for a message has a line for each of these fields (where they begin), in order, with
+// all of its octets, and nothing that a terminal would obey.
+template <class Fields>
+std::string fault_of(const std::string& text, const Octets& m, const Fields& fields) {
+    std::stringstream lines(text);
+    std::string line;
+    std::getline(lines, line);  // it begins with the end of another line
+    if (!line.empty()) return "begins with " + line;
+    for (uint8_t c : text)
+        if (c != '\n' && (c < ' ' || c > '~')) return "has the octet " + std::to_string(c);
+    for (size_t i = 0; i < fields.size() && fields[i].first < m.size(); i++) {
+        const size_t at = fields[i].first;
+        const size_t to = i + 1 < fields.size() ? std::min(fields[i + 1].first, m.size()) : m.size();
+        if (to < at) return "a field ends before it begins";
+        std::string hex, first;
+        char two[4];
+        for (size_t o = at; o < to; o++) {
+            snprintf(two, sizeof two, " %02x", m[o]);
+            hex += two;
+            if (o == at) first = two;
+        }
+        const bool same = std::all_of(m.begin() + at, m.begin() + to, [&](uint8_t c) { return c == m[at]; });
+        if (to - at > 16 && same) hex = first + " * " + std::to_string(to - at);
+        if (!std::getline(lines, line)) return "ends early";
+        if (line.size() < hex.size() || line.substr(line.size() - hex.size()) != hex)
+            return "'" + line + "' and not '" + hex + "'";
+        if (line.find(fields[i].second) != 8) return "'" + line + "' is not " + fields[i].second;
+    }
+    return std::getline(lines, line) ? "goes on with " + line : "";
 }
 
 // A client's socket to 127.0.0.1, or another address.

@@ -9,7 +9,7 @@ PROXY, UPSTREAM = (os.path.abspath(path) for path in sys.argv[1:3])
 KINDS = {  # by the first line; the number is how many there must be at least
     "shell": (r"(apt-get|docker|make|openssl) ", 6), "help": (r"dot-proxy \[options\]", 1),
     "line": (r"SUCCESS|FAILURE", 2), "totals": (r"TOTALS", 1), "story": (r"#1 \[1\]", 1),
-    "octets": (r"#1 +\w.*:", 0), "framing": (r"UDP: ", 1), "picture": (r"stub resolver", 1),
+    "octets": (r"#1 \[5\]", 1), "framing": (r"UDP: ", 1), "picture": (r"stub resolver", 1),
     "pod": (r"apiVersion: ", 2), "compose": (r"services:", 1), "unit": (r"\[Unit\]", 1),
     "unbound": (r"server:", 1)}
 QUERY = bytes.fromhex("123401000001000000000000076578616d706c6503636f6d0000010001")
@@ -194,7 +194,7 @@ def totals_are_the_programs():
 
 def story(more):
     with Rig() as rig:
-        return [line for line in mask(rig.run(more)).split("\n") if line.startswith("#1")]
+        return [line for line in mask(rig.run(more)).split("\n") if line.startswith(("#1", "        "))]
 
 
 def story_is_the_programs():

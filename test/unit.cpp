@@ -8,7 +8,7 @@
 
 using namespace test;
 
-static dot::Query query_of(const Octets& octets, bool tcp = false) {
+static Query query_of(const Octets& octets, bool tcp = false) {
     return {octets, tcp};
 }
 static Octets with(Octets m, size_t at, int octet) { m[at] = uint8_t(octet); return m; }
@@ -29,12 +29,12 @@ static const Octets plain = make_query("a.test"), edns = make_query("a.test", 1,
 static Octets answer_to(Octets m) { m[2] |= 0x80; m[3] |= 0x80; return m; }
 
 TEST("parse.finds_the_parts_of_a_message") {
-    const auto l = dot::parse(make_query("a.test", 1, Edns{1400, true, {0, 3, 0, 0}}));
+    const auto l = parse(make_query("a.test", 1, Edns{1400, true, {0, 3, 0, 0}}));
     CHECK(!l.fault);
     CHECK_EQ(l.question_end, 24u);
     CHECK(l.opt == 24 && l.opt_end == 39 && l.end == 39 && l.dnssec_ok && !l.is_signed);
     CHECK_EQ(l.udp_size, 1400u);
-    const auto none = dot::parse(plain);
+    const auto none = parse(plain);
     CHECK(!none.fault && none.opt == 0 && none.udp_size == 512);
 }
 
@@ -68,38 +68,38 @@ TEST("parse.faults") {
         {"an OPT first", with_record(edns, root, 1, {1, 2, 3, 4}), true},
         {"octets behind the last record", plus(plain, {7}), true},
     };
-    for (auto& row : rows) CHECK_WHY(!dot::parse(row.m).fault == row.good, row.what);
+    for (auto& row : rows) CHECK_WHY(!parse(row.m).fault == row.good, row.what);
 }
 
 TEST("parse.signed_only_if_the_signature_is_last") {
-    CHECK(dot::parse(with_record(plain, root, 250, Octets(16, 0))).is_signed);
-    CHECK(dot::parse(with_record(plain, root, 24, Octets(18, 0))).is_signed);  // SIG(0)
+    CHECK(parse(with_record(plain, root, 250, Octets(16, 0))).is_signed);
+    CHECK(parse(with_record(plain, root, 24, Octets(18, 0))).is_signed);  // SIG(0)
     // Not additional.
-    CHECK(!dot::parse(with_record(plain, root, 250, Octets(16, 0), 7)).is_signed);
-    CHECK(!dot::parse(with_record(with_record(plain, root, 250, {}), root, 1, {})).is_signed);
+    CHECK(!parse(with_record(plain, root, 250, Octets(16, 0), 7)).is_signed);
+    CHECK(!parse(with_record(with_record(plain, root, 250, {}), root, 1, {})).is_signed);
 }
 
 TEST("judge.verdicts") {
     const struct { const char* what; Octets m; int rcode; } rows[] = {
-        {"a query", plain, dot::forward},
-        {"an answer: replying would be a loop", answer_to(plain), dot::silence},
-        {"11 octets", Octets(11, 0), dot::silence},
+        {"a query", plain, ::forward},
+        {"an answer: replying would be a loop", answer_to(plain), silence},
+        {"11 octets", Octets(11, 0), silence},
         {"DSO, even malformed", with(Octets(plain.begin(), plain.end() - 3), 2, 6 << 3),
-         dot::NOTIMP},
-        {"AXFR", make_query("a.test", 252), dot::NOTIMP},
-        {"IXFR", make_query("a.test", 251), dot::NOTIMP},
+         NOTIMP},
+        {"AXFR", make_query("a.test", 252), NOTIMP},
+        {"IXFR", make_query("a.test", 251), NOTIMP},
         {"a NOTIFY about type 252 is not a transfer", make_query("a.test", 252, {}, 1, 4 << 11),
-         dot::forward},
-        {"no question, RFC 9619 4", Octets(12, 0), dot::forward},
-        {"malformed", with(plain, 12, 64), dot::FORMERR},
-        {"an unknown opcode", with(plain, 2, 15 << 3), dot::forward},
+         ::forward},
+        {"no question, RFC 9619 4", Octets(12, 0), ::forward},
+        {"malformed", with(plain, 12, 64), FORMERR},
+        {"an unknown opcode", with(plain, 2, 15 << 3), ::forward},
     };
-    for (auto& row : rows) CHECK_WHY(dot::judge(query_of(row.m)).rcode == row.rcode, row.what);
+    for (auto& row : rows) CHECK_WHY(judge(query_of(row.m)).rcode == row.rcode, row.what);
     Octets two = with(plain, 5, 2);
     append(two, Octets(plain.begin() + 12, plain.end()));
-    CHECK_EQ(dot::judge(query_of(two)).rcode, int(dot::FORMERR));
+    CHECK_EQ(judge(query_of(two)).rcode, int(FORMERR));
     // Only of opcode QUERY.
-    CHECK_EQ(dot::judge(query_of(with(two, 2, 5 << 3))).rcode, dot::forward);
+    CHECK_EQ(judge(query_of(with(two, 2, 5 << 3))).rcode, ::forward);
 }
 
 TEST("pad.every_size_to_a_multiple_of_128") {
@@ -109,7 +109,7 @@ TEST("pad.every_size_to_a_multiple_of_128") {
             name += std::string(std::min(left, 62), 'n') + ".";
         for (const Octets& q : {make_query(name + "t"),
                                 make_query(name + "t", 1, Edns{1232, true, {0, 100, 0, 1, 9}})}) {
-            const Octets padded = dot::pad(query_of(q));
+            const Octets padded = pad(query_of(q));
             const Answer a(padded);
             CHECK_EQ(padded.size() % 128, 0u);
             CHECK_EQ(padded.size() / 128,
@@ -132,9 +132,9 @@ TEST("pad.what_travels_unchanged") {
         {"no room", make_query("a.test", 1, Edns{1232, false, plus({0, 9, 0xff, 0x60},
                                                                    Octets(0xff60, 0))})},
     };
-    for (auto& row : rows) CHECK_WHY(dot::pad(query_of(row.m)) == row.m, row.what);
+    for (auto& row : rows) CHECK_WHY(pad(query_of(row.m)) == row.m, row.what);
     const Octets first = with_record(edns, pointer, 1, {1, 2, 3, 4});  // this pointer stays right
-    const Octets padded = dot::pad(query_of(first));
+    const Octets padded = pad(query_of(first));
     CHECK_EQ(padded.size() % 128, 0u);
     CHECK_EQ(Answer(padded).options.count(12), 1u);
 }
@@ -144,7 +144,7 @@ TEST("pad.own_padding_is_replaced") {
         Octets o{0, 12, uint8_t(own >> 8), uint8_t(own)};
         o.resize(4 + size_t(own), 0xaa);
         append(o, {0, 10, 0, 2, 5, 6, 0, 12, 0, 0});
-        const Answer a(dot::pad(query_of(make_query("a.test", 1, Edns{1232, false, o}))));
+        const Answer a(pad(query_of(make_query("a.test", 1, Edns{1232, false, o}))));
         CHECK_EQ(a.octets.size(), 128u);
         CHECK(a.options.size() == 2 && a.options.at(10) == (Octets{5, 6}));
         CHECK_EQ(std::count(a.octets.begin(), a.octets.end(), 0xaa), 0);
@@ -177,11 +177,11 @@ TEST("match.table") {
         {"5 octets", plain, Octets(5, 0), false},
     };
     for (auto& row : rows)
-        CHECK_WHY(dot::matches(query_of(row.q), row.a, dot::parse(row.a)) == row.good, row.what);
+        CHECK_WHY(matches(query_of(row.q), row.a, parse(row.a)) == row.good, row.what);
 }
 
 static std::optional<Octets> unpad(const Octets& q, const Octets& a) {
-    return dot::unpad(query_of(q), a, dot::parse(a));
+    return ::unpad(query_of(q), a, parse(a));
 }
 
 TEST("unpad.takes_out_what_is_not_the_clients") {
@@ -212,22 +212,22 @@ TEST("unpad.what_has_no_form_for_the_client") {
 TEST("cut.keeps_header_question_and_opt") {
     Octets a = answer_to(plain);
     for (int i = 0; i < 50; i++) a = with_record(a, pointer, 1, {1, 2, 3, 4}, 7);
-    CHECK(dot::cut(query_of(plain, true), a, 512) == a);
-    const Answer no_opt(dot::cut(query_of(plain), a, 512));
+    CHECK(cut(query_of(plain, true), a, 512) == a);
+    const Answer no_opt(cut(query_of(plain), a, 512));
     CHECK(no_opt.tc() && no_opt.octets.size() == plain.size() && no_opt.count(1) == 0 &&
           !no_opt.has_opt);
     const Octets counted = with(a, 11, 1);
     const Octets with_opt = plus(counted, opt_record(Edns{4096, true, {0, 15, 0, 2, 0, 9}}));
-    const Answer opt(dot::cut(query_of(edns), with_opt, 512));
+    const Answer opt(cut(query_of(edns), with_opt, 512));
     CHECK(opt.tc() && opt.has_opt && opt.options.count(15) == 1 && opt.opt_flags == 0 &&
           opt.count(3) == 1);
     Octets huge{0, 15, 2, 0};
     huge.resize(4 + 512);
     const Octets with_huge = plus(counted, opt_record(Edns{4096, true, huge}));
-    const Answer dropped(dot::cut(query_of(edns), with_huge, 512));
+    const Answer dropped(cut(query_of(edns), with_huge, 512));
     CHECK(dropped.tc() && dropped.has_opt && dropped.options.empty() &&
           dropped.octets.size() <= 512);
-    CHECK(Answer(dot::cut(query_of(edns), a, 512)).has_opt);  // the resolver sent none: our own
+    CHECK(Answer(cut(query_of(edns), a, 512)).has_opt);  // the resolver sent none: our own
 }
 
 TEST("cut.what_a_client_can_take") {
@@ -244,26 +244,26 @@ TEST("cut.what_a_client_can_take") {
                 with_record(answer_to(plain), pointer, 16, Octets(row.limit - 24 - 11, 0), 7);
             CHECK_EQ(fits.size(), row.limit);
             CHECK_EQ(longer.size(), row.limit + 1);
-            CHECK(dot::cut(query_of(q, tcp), fits, row.most) == fits);
-            CHECK((dot::cut(query_of(q, tcp), longer, row.most) == longer) == tcp);
+            CHECK(cut(query_of(q, tcp), fits, row.most) == fits);
+            CHECK((cut(query_of(q, tcp), longer, row.most) == longer) == tcp);
         }
 }
 
 TEST("reply.flags_opt_and_error") {
     const Octets q =
         make_query("A.test", 1, Edns{1232, true, {0, 10, 0, 1, 1}}, 0xbeef, 0x07f0 & ~0x0080);
-    const Answer f(dot::reply(query_of(q), dot::SERVFAIL, 23));
+    const Answer f(reply(query_of(q), SERVFAIL, 23));
     CHECK(f.id() == 0xbeef && f.rcode() == 2 && !f.tc() && f.count(0) == 1 && f.count(3) == 1);
     CHECK_EQ(int(f.octets[2]), 0x81);  // QR and RD
     CHECK_EQ(int(f.octets[3]), 0x92);  // RA and CD
     CHECK(f.opt_flags == 0x8000 && f.options.size() == 1 && f.options.at(15) == (Octets{0, 23}));
-    const Answer n(dot::reply(query_of(q), dot::NOTIMP));
+    const Answer n(reply(query_of(q), NOTIMP));
     CHECK(n.octets[3] == 4 && n.has_opt && n.options.empty());
-    CHECK(!Answer(dot::reply(query_of(plain), dot::SERVFAIL, 23)).has_opt);
+    CHECK(!Answer(reply(query_of(plain), SERVFAIL, 23)).has_opt);
     Octets many = with(plain, 5, 200);  // questions, for an answer many times as long
     for (int i = 1; i < 200; i++) many.insert(many.end(), {0, 0, 1, 0, 1});
-    CHECK(!query_of(many).layout.fault && dot::reply(query_of(many), dot::FORMERR).size() == 12);
-    const Answer broken(dot::reply(query_of(with(plain, 12, 64)), dot::FORMERR));
+    CHECK(!query_of(many).layout.fault && reply(query_of(many), FORMERR).size() == 12);
+    const Answer broken(reply(query_of(with(plain, 12, 64)), FORMERR));
     CHECK(broken.octets.size() == 12 && broken.count(0) == 0);
 }
 
@@ -293,12 +293,50 @@ static Octets random_message(std::mt19937& rng, bool sound) {
     return m;
 }
 
+TEST("annotate.what_the_fields_say") {
+    const auto says = [](const Octets& m, const std::string& line) {
+        const std::string text = annotate(m);
+        CHECK_WHY(text.find("\n        " + line) != text.npos, line + " is not in" + text);
+    };
+    Octets m = answer_to(make_query("www.a.test", 28, Edns{4096, true, {0, 12, 0, 2, 0, 0}}, 0x1234, 0x8730));
+    m = Octets(m.begin(), m.end() - 17);  // its OPT comes last
+    m[11] = 1;
+    const Octets six(16, 0x20), name{3, 'n', 's', '1', 0xc0, 16};
+    m = with_record(with_record(with_record(m, pointer, 28, six, 7), pointer, 1, {192, 0, 2, 1}, 7), root, 2, name, 9);
+    m = with_record(m, root, 16, {4, 'a', 27, '\n', 'b'}, 7);
+    m = plus(m, opt_record(Edns{4096, true, {0, 12, 0, 20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}}));
+    for (auto line : {"id           4660                         12 34\n",
+                      "flags        opcode 0, QR AA TC RD RA AD CD NOERROR 87 b0\n",
+                      "questions    1                            00 01\n",
+                      "answers      3                            00 03\n",
+                      "authorities  1                            00 01\n",
+                      "name         www.a.test                   03 77 77 77 01 61 04 74 65 73 74 00\n",
+                      "type         AAAA                         00 1c\n",
+                      "class        1                            00 01\n",
+                      "name         www.a.test                   c0 0c\n",
+                      "size         16                           00 10\n",
+                      "data         192.0.2.1                    c0 00 02 01\n",
+                      "data         ns1.a.test                   03 6e 73 31 c0 10\n",
+                      "data         .a..b                        04 61 1b 0a 62\n",
+                      "type         OPT                          00 29\n",
+                      "UDP size     4096                         10 00\n",
+                      "TTL          version 0 DO                 00 00 80 00\n",
+                      "option       12                           00 0c\n",
+                      "size         20                           00 14\n",
+                      "data          00 * 20                     00 * 20"})
+        says(m, line);
+    says(m, "data         2020:2020:2020:2020:2020:2020:2020:2020 20 20");
+    says(Octets{1, 2, 3}, "flags        opcode 0, NXDOMAIN           03");
+    says(plus(plain, {1, 2, 3, 4, 5}), "the rest     .....                        01 02 03 04 05");
+    says(with(plain, 12, 64), "a name or record does not parse");
+}
+
 TEST("roundtrip.unpad_of_pad_gives_the_query_back") {
     std::mt19937 rng(1);
     for (int i = 0; i < 5000; i++) {
         const Octets q = random_message(rng, true);
-        const Octets padded = dot::pad(query_of(q));
-        CHECK(!dot::parse(padded).fault);
+        const Octets padded = pad(query_of(q));
+        CHECK(!parse(padded).fault);
         CHECK(padded.size() % 128 == 0 || padded == q);
         CHECK(unpad(q, padded) == q);
     }
@@ -308,49 +346,50 @@ TEST("roundtrip.any_octets_do_no_harm") {
     std::mt19937 rng(2);
     for (int i = 0; i < 20000; i++) {
         const Octets a = random_message(rng, false), b = random_message(rng, i % 2);
-        const dot::Query q = query_of(a);
-        if (q.octets.size() >= 12) Answer(dot::reply(q, dot::SERVFAIL, 23));
+        const Query q = query_of(a);
+        CHECK_EQ(fault_of(annotate(a), a, q.layout.fields), "");
+        if (q.octets.size() >= 12) Answer(reply(q, SERVFAIL, 23));
         if (q.layout.fault || b.size() < 12) continue;
-        dot::pad(q);
-        const dot::Layout l = dot::parse(b);
-        dot::matches(q, b, l);
+        pad(q);
+        const Layout l = parse(b);
+        matches(q, b, l);
         if (l.fault) continue;
-        if (const auto clean = dot::unpad(q, b, l)) CHECK(dot::cut(q, *clean, 512).size() <= 512);
+        if (const auto clean = ::unpad(q, b, l)) CHECK(cut(q, *clean, 512).size() <= 512);
     }
 }
 
 TEST("frame.length_first") {
-    CHECK(dot::frame({7, 8}) == (Octets{0, 2, 7, 8}));
-    const Octets f = dot::frame(Octets(300, 1));
+    CHECK(frame({7, 8}) == (Octets{0, 2, 7, 8}));
+    const Octets f = frame(Octets(300, 1));
     CHECK(f.size() == 302 && f[0] == 1 && f[1] == 44);
 }
 
 static bool throws(const std::function<void()>& f) {
-    try { f(); } catch (const dot::BadOption&) { return true; }
+    try { f(); } catch (const BadOption&) { return true; }
     return false;
 }
 
 TEST("address.parsed_in_full") {
-    CHECK_EQ(dot::parse_address("192.0.2.1", 53).str(), "192.0.2.1@53");
-    CHECK_EQ(dot::parse_address("2001:db8::1@5300", 53).str(), "2001:db8::1@5300");
+    CHECK_EQ(parse_address("192.0.2.1", 53).str(), "192.0.2.1@53");
+    CHECK_EQ(parse_address("2001:db8::1@5300", 53).str(), "2001:db8::1@5300");
     for (const char* bad : {"", "localhost", "192.0.2", "192.0.2.1@", "192.0.2.1@0",
                             "192.0.2.1@65536", "192.0.2.1@5x", "::1@-1", "192.0.2.1 "})
-        CHECK_WHY(throws([&] { dot::parse_address(bad, 53); }), bad);
-    CHECK_EQ(dot::parse_number("65535", 1, 65535, "x"), 65535);
+        CHECK_WHY(throws([&] { parse_address(bad, 53); }), bad);
+    CHECK_EQ(parse_number("65535", 1, 65535, "x"), 65535);
     for (const char* bad : {"", "0", "65536", "1x", " 1", "+1", "99999999999999"})
-        CHECK_WHY(throws([&] { dot::parse_number(bad, 1, 65535, "x"); }), bad);
+        CHECK_WHY(throws([&] { parse_number(bad, 1, 65535, "x"); }), bad);
 }
 
 TEST("upstream.parsed_in_full") {
-    const auto c = dot::parse_upstream("cloudflare");
+    const auto c = parse_upstream("cloudflare");
     CHECK(c.size() == 4 && c[0].address.str() == "1.1.1.1@853" &&
           c[0].name == "cloudflare-dns.com");
     CHECK(c[2].address.str() == "2606:4700:4700::1111@853");
-    CHECK_EQ(dot::parse_upstream("google")[1].address.str() + dot::parse_upstream("google")[1].name,
+    CHECK_EQ(parse_upstream("google")[1].address.str() + parse_upstream("google")[1].name,
              "8.8.4.4@853dns.google");
-    CHECK_EQ(dot::parse_upstream("quad9")[0].name, "dns.quad9.net");
+    CHECK_EQ(parse_upstream("quad9")[0].name, "dns.quad9.net");
     const std::string pin = "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=";
-    const auto u = dot::parse_upstream("2001:db8::1@8853#dot.test,pin-sha256=" + pin +
+    const auto u = parse_upstream("2001:db8::1@8853#dot.test,pin-sha256=" + pin +
                                        ",pin-sha256=/" + pin.substr(1));
     CHECK(u.size() == 1 && u[0].pins.size() == 2 && u[0].pins[0][0] == 0 &&
           u[0].pins[1][0] == 0xfc);
@@ -358,14 +397,14 @@ TEST("upstream.parsed_in_full") {
          {"", "#dot.test", "192.0.2.1", "192.0.2.1#", "192.0.2.1#192.0.2.2",
           "192.0.2.1@53#dot.test", "cloudflare#x", "192.0.2.1#dot.test,",
           "192.0.2.1#dot.test,pin-sha256=AA==", "192.0.2.1#a b", "192.0.2.1#x,pin-sha1=AA"})
-        CHECK_WHY(throws([&] { dot::parse_upstream(bad); }), bad);
+        CHECK_WHY(throws([&] { parse_upstream(bad); }), bad);
 }
 
 TEST("names.of_types_and_rcodes") {
-    CHECK_EQ(dot::type_name(28), "AAAA");
-    CHECK_EQ(dot::type_name(65280), "TYPE65280");
-    CHECK_EQ(dot::rcode_name(3), "NXDOMAIN");
-    CHECK_EQ(dot::rcode_name(15), "RCODE15");
+    CHECK_EQ(type_name(28), "AAAA");
+    CHECK_EQ(type_name(65280), "TYPE65280");
+    CHECK_EQ(rcode_name(3), "NXDOMAIN");
+    CHECK_EQ(rcode_name(15), "RCODE15");
 }
 
 int main(int argc, char** argv) { return check::main(argc, argv); }
