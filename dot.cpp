@@ -86,6 +86,7 @@ std::string parse_prefix(const std::string& from) {
     return bits.substr(0, 1 + parse_number(from.substr(at + 1), 0, int(bits.size()) - 1, "bits"));
 }
 
+// The addresses of well-known resolvers, and the name that each of them must prove to have.
 static const std::map<std::string, std::string> known{
     {"cloudflare", "1.1.1.1 1.0.0.1 2606:4700:4700::1111 2606:4700:4700::1001#cloudflare-dns.com"},
     {"google", "8.8.8.8 8.8.4.4 2001:4860:4860::8888 2001:4860:4860::8844#dns.google"},
@@ -127,6 +128,8 @@ static void put16(Bytes& m, size_t at, size_t value) {
     m[at + 1] = uint8_t(value);
 }
 
+// Those that are asked for most. The code knows what a type means in three places only: OPT, what
+// signs a message, and zone transfers.
 static const std::map<int, const char*> type_names{
     {0, "-"}, {1, "A"}, {2, "NS"}, {5, "CNAME"}, {6, "SOA"}, {12, "PTR"}, {15, "MX"}, {16, "TXT"},
     {28, "AAAA"}, {33, "SRV"}, {OPT, "OPT"}, {65, "HTTPS"}, {IXFR, "IXFR"}, {AXFR, "AXFR"}};
@@ -169,6 +172,8 @@ static void parse_opt(const Bytes& m, size_t start, size_t type, size_t end, Lay
     if (at != end || m[start] != 0) l.fault = "a malformed OPT";
 }
 
+// One walk over the records serves both ends: what -vv shows is what the proxy acts on. A message
+// that does not parse has fields up to there, and what is wrong with the rest as the last one.
 Layout parse(const Bytes& m) {
     Layout l;
     auto& f = l.fields = {{0, "id"}, {2, "flags"}, {4, "questions"}, {6, "answers"},
@@ -195,6 +200,9 @@ Layout parse(const Bytes& m) {
     return l;
 }
 
+// In three columns: what a field is, what it says, its octets. A field ends where the next one
+// begins. Numbers are shown as such, names in full; of what is not known here the characters are
+// shown. Nothing that came over the wire reaches the terminal as a control character.
 std::string annotate(const Bytes& m) {
     auto fields = parse(m).fields;
     fields.push_back({m.size(), ""});
@@ -226,6 +234,7 @@ std::string annotate(const Bytes& m) {
     return out;
 }
 
+// On the way over TLS, and to a TCP client, a message has its length in two octets before it.
 void Query::tell(int step, const std::string& what, const Bytes& m) const {
     if (settings.verbose == 0) return;
     std::string hex = settings.verbose > 1 ? annotate(m) : "";
@@ -537,6 +546,10 @@ void prepare() {
 
 // [4]-[6] One TCP and TLS connection, used by one thread at a time. Its socket does not block, so
 // that every wait is a poll(2) with the query's deadline, and one thread can wait for several.
+//
+// Its life: it is dialled (by a thread that has just answered, or by a query that found none
+// ready), verified, perhaps parked, given a query by send(), and moved on by advance() until there
+// is an answer. Whatever fails in between ends it: why_ tells why, and another one is tried.
 struct Connection {
     // Begins to connect.
     explicit Connection(Upstream& to) : upstream(to), ssl(SSL_new(ctx), SSL_free) {
@@ -610,7 +623,9 @@ struct Connection {
         return true;
     }
 
-    bool alive() {  // when verified: the other end has not closed it
+    // When verified: the other end has not closed it. That is one system call and no wait, so that
+    // take() may look while it holds the lock.
+    bool alive() {
         uint8_t octet;
         if (!in_.empty() && Clock::now() < since + seconds(1)) return true;  // it just was
         ERR_clear_error();  // this also reads the tickets that have come
@@ -642,7 +657,8 @@ struct Connection {
     bool ready = false;      // it was verified before the query came
     Time since;              // when it was verified, or its query was sent
 
-    // What an OpenSSL call returned; 0: it waits for `events`, or failed.
+    // What an OpenSSL call returned; 0: it waits for `events`, or failed. The error queue was empty
+    // before the call, else an old error would be taken for its own.
     int call(int result) {
         const int error = errno;
         if (result > 0) return result;
@@ -668,9 +684,9 @@ struct Connection {
     void tell_how() const {
         tm end{};
         ASN1_TIME_to_tm(X509_get0_notAfter(SSL_get0_peer_certificate(ssl.get())), &end);
-        tell(4, how() + text(", %s, %s verified, good until %d-%02d-%02d",
-                             OBJ_nid2sn(upstream.group), upstream.name.c_str(), 1900 + end.tm_year,
-                             1 + end.tm_mon, end.tm_mday));
+        const char* group = OBJ_nid2sn(int(SSL_get_negotiated_group(ssl.get())));
+        tell(4, how() + text(", %s, %s verified, good until %d-%02d-%02d", group,
+             upstream.name.c_str(), 1900 + end.tm_year, 1 + end.tm_mon, end.tm_mday));
     }
 
     const Query* query_ = nullptr;
@@ -695,8 +711,8 @@ std::shared_ptr<Connection> Upstream::take() {
 }
 
 size_t Upstream::tend() {
+    Lock lock(mutex_);  // so that no query misses the only one while it is looked at
     auto oldest = take();
-    Lock lock(mutex_);
     if (oldest) parked_.push_front(std::move(oldest));
     return parked_.size() + opening_;
 }
@@ -744,6 +760,8 @@ static void ask(const Query& query, const Bytes& message, Outcome& outcome, auto
     Upstream* last = nullptr;
     Time next_try{};
     size_t running = 0;
+    // Each turn begins a try if one is wanted, moves all of them on as far as they go without
+    // waiting, and then waits for any of them, for the time of the next try or for the deadline.
     for (Time now; (now = Clock::now()) < query.deadline;) {
         const bool late = running > 0 && now >= next_try;
         // RFC 9520 3.1: three at most.

@@ -144,7 +144,8 @@ struct Verdict { int rcode; const char* why; };
 Verdict judge(const Query& query);
 
 // [3] The query padded to a multiple of 128 octets (RFC 7830, RFC 8467 4.1). A client's own padding
-// is resized. Unchanged if it is signed or its octets cannot move, or if it would become too long.
+// is resized. Unchanged if it is signed, its octets cannot move, octets follow its last record, or
+// it would become too long.
 Bytes pad(const Query& query);
 
 // [7] Whether `answer` answers `query`: QR, id, opcode and question (RFC 5452 9.1).
@@ -168,7 +169,7 @@ Bytes reply(const Query& query, int rcode, int ede = -1);
 
 // The message behind its length in two octets, RFC 1035 4.2.2. At most `longest_message` octets.
 Bytes frame(const Bytes& message);
-// A whole message from a blocking stream socket. nullopt: closed, cut short or late.
+// A whole message from a blocking stream socket. nullopt: closed, cut short, late or of length 0.
 std::optional<Bytes> read_frame(int fd);
 
 void set_option(int fd, int level, int option, int value);  // a socket's; as setsockopt(2)

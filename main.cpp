@@ -1,8 +1,8 @@
 // main.cpp - how the program runs: options, listeners, threads, signals; main comes last.
 //
 // One thread accepts at each TCP listener, one keeps connections ready, the main thread waits for
-// signals. At least one waits at each UDP socket, eight at most, and one for each TCP client. The
-// one that takes a query carries it to its end; if that takes a while another takes its place.
+// signals. At least one waits at each UDP socket, about eight at most, and one for each TCP client.
+// The one that takes a query carries it to its end; if that takes a while another takes its place.
 // Slots bound what strangers start.
 #include <getopt.h>
 #include <grp.h>
@@ -105,7 +105,8 @@ static int open_listener(const Address& address, int type) {
 // ---- Threads -----------------------------------------------------------------------------------
 
 // A counted permit is taken before a query is carried and given back by its destructor. That bounds
-// threads, memory and the handshakes strangers can cause, and tells when the last query is done.
+// threads, memory and the handshakes strangers can cause (with --ready, which bounds those that are
+// made after the answer), and tells when the last query is done.
 using Permit = std::shared_ptr<sem_t>;
 
 static Permit take_slot(sem_t& slots, bool wait) {  // empty: there is none now
@@ -192,8 +193,8 @@ static void finish(const Query& query, Client& client, const Outcome& outcome) {
 
 // The steps [1] to [8] of one query after the other. A thread that has taken a query carries it to
 // its end. If that takes a while and nobody waits at the source it makes another one to take its
-// place: so there are as many threads as queries in flight, few are ever made, and where answers
-// come at once a few threads do it all. Over TCP the one that took its place reads on alone.
+// place: so there are as many threads as queries in flight, over UDP few are ever made, and where
+// answers come at once a few threads do it all. Over TCP the one that took its place reads on.
 static void serve(std::shared_ptr<Source> source) {
     do {
         Client client(*source);
@@ -277,6 +278,7 @@ int main(int argc, char** argv) try {
     prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
     sem_init(&query_slots, 0, unsigned(settings.queries));
     sem_init(&client_slots, 0, 256);  // over TCP; more wait to be accepted
+    // What must never end, even if it throws: it is begun again.
     auto forever = [](auto... work) { std::thread([=] { for (;;) guard(work...); }).detach(); };
     forever(tend);
     for (auto [fd, type] : listeners) {
