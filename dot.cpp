@@ -135,8 +135,7 @@ static const std::map<int, const char*> type_names{
     {28, "AAAA"}, {33, "SRV"}, {OPT, "OPT"}, {65, "HTTPS"}, {IXFR, "IXFR"}, {AXFR, "AXFR"}};
 
 std::string type_name(int type) {
-    const auto known = type_names.find(type);
-    return known != type_names.end() ? known->second : text("TYPE%d", type);
+    return type_names.contains(type) ? type_names.at(type) : text("TYPE%d", type);
 }
 
 std::string rcode_name(int rcode) {
@@ -164,8 +163,7 @@ static void parse_opt(const Bytes& m, size_t start, size_t type, size_t end, Lay
     l.opt_end = end;
     size_t at = type + 10;
     while (at + 4 <= end && at + 4 + u16(m, at + 2) <= end) {
-        const auto data = m.begin() + at + 4;
-        l.options.push_back({u16(m, at), {data, data + u16(m, at + 2)}});
+        l.options.push_back({u16(m, at), {&m[at] + 4, &m[at] + 4 + u16(m, at + 2)}});
         l.fields.insert(l.fields.end(), {{at, "option"}, {at + 2, "size"}, {at + 4, "data"}});
         at += 4 + l.options.back().data.size();
     }
@@ -315,9 +313,8 @@ bool matches(const Query& query, const Bytes& a, const Layout& l) {  // [7]
 
 std::optional<Bytes> unpad(const Query& query, Bytes a, Layout l) {  // [7]
     if (l.is_signed) return a;
-    const auto question = query.octets.begin() + header_size;
     if (l.question_end == query.layout.question_end)  // the client's own spelling, as it came
-        std::copy(question, query.octets.begin() + l.question_end, a.begin() + header_size);
+        memcpy(&a[0] + header_size, &query.octets[0] + header_size, l.question_end - header_size);
     if (!l.opt) return a;
     if (!movable(a, l.opt_end)) return std::nullopt;
     std::erase_if(l.options, [](auto& o) { return o.code == padding || o.code == keepalive; });
@@ -667,6 +664,10 @@ struct Connection {
         if (kind == SSL_ERROR_WANT_READ || kind == SSL_ERROR_WANT_WRITE) return 0;
         const long verdict = verified ? X509_V_OK : SSL_get_verify_result(ssl.get());
         const char* reason = ERR_reason_error_string(ERR_peek_error());
+        char came[300] = "the certificate that came is of ";  // 32 characters; what follows is safe
+        X509* const leaf = sk_X509_value(SSL_get0_verified_chain(ssl.get()), 0);
+        if (verdict && leaf && X509_NAME_oneline(X509_get_subject_name(leaf), came + 32, 256))
+            tell(4, came);
         const std::string why =
             verdict == X509_V_ERR_HOSTNAME_MISMATCH ? "certificate does not match " + upstream.name
             : verdict == X509_V_ERR_DANE_NO_MATCH ? "certificate has no pinned key"

@@ -203,9 +203,8 @@ static void serve(std::shared_ptr<Source> source) {
         if (!octets) return;
         count(!may ? "denied" : tcp ? "tcp" : "udp");
         if (!may) continue;
-        const Query query{std::move(*octets), tcp};
-        const std::string size = std::to_string(query.octets.size());
-        query.tell(1, size + (tcp ? " octets over TCP" : " octets over UDP"), query.octets);
+        const Query query{*octets, tcp};
+        query.tell(1, text("%zu octets over %s", octets->size(), tcp ? "TCP" : "UDP"), *octets);
         Verdict verdict = judge(query);
         if (verdict.rcode != silence && over_rate(client.address, tcp))
             verdict = {tcp ? REFUSED : cut_short, "over the rate"};  // no more than was sent

@@ -1198,6 +1198,15 @@ TEST("process.verbose_tells_the_eight_steps") {
     p.proxy.stop();
 }
 
+TEST("process.verbose_tells_whose_certificate_came") {
+    Pair p({.cert = Cert::Expired}, {"-v"});
+    CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 2);
+    CHECK(p.proxy.prints("FAILURE"));
+    const std::string out = p.proxy.out(), came = "the certificate that came is of /CN=dot.test\n";
+    CHECK_WHY(contains(out, came) && contains(out, "certificate: certificate has expired\n"), out);
+    p.proxy.stop();
+}
+
 static int program(const std::string& arguments, std::string& output) {
     return run("timeout 20 " + environment("PROXY") + " " + arguments, output);
 }
