@@ -499,7 +499,8 @@ struct Upstream : Peer {
         if (connection) parked_.push_back(std::move(connection));
     }
 
-    // Drops those that are dead or too old. Returns how many there are.
+    // Drops those that are dead or too old, and one of too many for how little is asked. Returns
+    // how many there are.
     size_t tend();
 
     void rest() {
@@ -664,10 +665,9 @@ struct Connection {
         if (kind == SSL_ERROR_WANT_READ || kind == SSL_ERROR_WANT_WRITE) return 0;
         const long verdict = verified ? X509_V_OK : SSL_get_verify_result(ssl.get());
         const char* reason = ERR_reason_error_string(ERR_peek_error());
-        char came[300] = "the certificate that came is of ";  // 32 characters; what follows is safe
-        X509* const leaf = sk_X509_value(SSL_get0_verified_chain(ssl.get()), 0);
-        if (verdict && leaf && X509_NAME_oneline(X509_get_subject_name(leaf), came + 32, 256))
-            tell(4, came);
+        X509* const one = verdict ? sk_X509_value(SSL_get0_verified_chain(ssl.get()), 0) : nullptr;
+        char buf[256];  // whose certificate came; with nothing in it that a terminal would obey
+        if (one) tell(4, text("came: %s", X509_NAME_oneline(X509_get_subject_name(one), buf, 256)));
         const std::string why =
             verdict == X509_V_ERR_HOSTNAME_MISMATCH ? "certificate does not match " + upstream.name
             : verdict == X509_V_ERR_DANE_NO_MATCH ? "certificate has no pinned key"
@@ -714,7 +714,8 @@ std::shared_ptr<Connection> Upstream::take() {
 size_t Upstream::tend() {
     Lock lock(mutex_);  // so that no query misses the only one while it is looked at
     auto oldest = take();
-    if (oldest) parked_.push_front(std::move(oldest));
+    if (oldest && (parked_.size() < warm_stock || Clock::now() < asked.load() + seconds(5)))
+        parked_.push_front(std::move(oldest));
     return parked_.size() + opening_;
 }
 

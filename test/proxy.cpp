@@ -1202,7 +1202,7 @@ TEST("process.verbose_tells_whose_certificate_came") {
     Pair p({.cert = Cert::Expired}, {"-v"});
     CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 2);
     CHECK(p.proxy.prints("FAILURE"));
-    const std::string out = p.proxy.out(), came = "the certificate that came is of /CN=dot.test\n";
+    const std::string out = p.proxy.out(), came = " came: /CN=dot.test\n";
     CHECK_WHY(contains(out, came) && contains(out, "certificate: certificate has expired\n"), out);
     p.proxy.stop();
 }
