@@ -29,17 +29,17 @@ void say(std::string line) {
     (void)!write(STDOUT_FILENO, line.data(), line.size());
 }
 
-static std::recursive_mutex counting;  // guards what follows
+static std::mutex counting;  // guards what follows
 static std::map<std::string, int> counts{{"udp", 0}, {"tcp", 0}, {"success", 0}, {"failure", 0}};
 
 void count(std::string name, int more, bool most) {
     std::replace(name.begin(), name.end(), ' ', '_');
-    Lock lock(counting);
+    std::lock_guard lock(counting);
     counts[name] = most ? std::max(counts[name], more) : counts[name] + more;
 }
 
 std::string totals() {
-    Lock lock(counting);
+    std::lock_guard lock(counting);
     std::string line = "TOTALS";
     for (auto& [name, number] : counts) line += " " + name + "=" + std::to_string(number);
     return line;
@@ -386,10 +386,10 @@ bool may_ask(const Address& client) {
 }
 
 bool over_rate(const Address& client, bool tcp) {
-    static std::recursive_mutex mutex;     // guards what follows
+    static std::mutex mutex;               // guards what follows
     static std::map<std::string, Time> buckets;  // when each is full again, and as good as none
     if (settings.rate == 0) return false;
-    Lock lock(mutex);
+    std::lock_guard lock(mutex);
     // A flood from everywhere: rather may all ask a little more than is one locked out.
     if (buckets.size() == 16384) buckets.clear();
     Time &full = buckets[client.host() + (tcp ? " tcp" : " udp")], now = Clock::now();
