@@ -99,9 +99,8 @@ std::vector<Peer> parse_upstream(const std::string& from) {
     static const std::regex form(
         "((?!.*@0*53[ #])[^#]+)#([\\w.-]*[A-Za-z][\\w.-]*)((,pin-sha256=[A-Za-z0-9+/]{43}=)*)");
     std::smatch part;
-    if (!std::regex_match(whole, part, form))
-        throw BadOption("'" + from + "' is not cloudflare, google, quad9 or ADDR[@PORT]#NAME[,pin-"
-                        "sha256=BASE64]..., with the NAME it must prove and another PORT than 53");
+    if (!std::regex_match(whole, part, form)) throw BadOption("'" + from + "' is not cloudflare, "
+        "google, quad9 or ADDR[@PORT]#NAME[,pin-sha256=BASE64]... (a NAME, and not PORT 53)");
     std::vector<Bytes> keys;
     for (std::string pins = part[3]; !pins.empty(); pins = pins.substr(56)) {
         uint8_t octets[33];  // the last one stands for the "="
@@ -250,8 +249,7 @@ Verdict judge(const Query& query) {  // [2]
     if (opcode == 6) return {NOTIMP, "DNS stateful operations are not proxied"};
     if (query.layout.fault) return {FORMERR, query.layout.fault};
     if (opcode == 0 && u16(m, 4) > 1) return {FORMERR, "more than one question"};  // RFC 9619 4
-    if (opcode == 0 && (type == AXFR || type == IXFR))
-        return {NOTIMP, "zone transfers are not proxied"};
+    if (!opcode && (type == AXFR || type == IXFR)) return {NOTIMP, "AXFR and IXFR are not proxied"};
     return {forward, "to be forwarded"};
 }
 
@@ -357,10 +355,9 @@ Bytes reply(const Query& query, int rcode, int ede) {  // [8]
 
 // ---- Streams and framing -----------------------------------------------------------------------
 
-Bytes frame(const Bytes& message) {
-    Bytes out{uint8_t(message.size() >> 8), uint8_t(message.size())};
-    out.insert(out.end(), message.begin(), message.end());
-    return out;
+Bytes frame(Bytes message) {
+    message.insert(message.begin(), {uint8_t(message.size() >> 8), uint8_t(message.size())});
+    return message;
 }
 
 void set_option(int fd, int level, int option, int value) {
@@ -501,7 +498,13 @@ struct Upstream : Peer {
 
     // Drops those that are dead or too old, and one of too many for how little is asked. Returns
     // how many there are.
-    size_t tend();
+    size_t tend() {
+        Lock lock(mutex_);  // so that no query misses the only one while it is looked at
+        auto oldest = take();
+        if (oldest && (parked_.size() < warm_stock || Clock::now() < asked.load() + seconds(5)))
+            parked_.push_front(std::move(oldest));
+        return parked_.size() + opening_;
+    }
 
     void rest() {
         // RFC 9520 3.2: a failure is remembered for a second at least, and 5 min at most.
@@ -512,10 +515,9 @@ struct Upstream : Peer {
     std::recursive_mutex mutex_;  // guards all below
     std::deque<Session> tickets_;
     std::deque<std::shared_ptr<Connection>> parked_;
-    size_t opening_ = 0;
     Clock::duration idle_limit_ = longest_idle;  // learnt: how long it leaves a connection open
     Clock::duration usual_{};                    // until it answers; 0: unknown
-    size_t points_ = 0;
+    size_t points_ = 0, opening_ = 0;
     Time rest_until_{}, tried_{};
 };
 
@@ -535,6 +537,7 @@ void prepare() {
     SSL_CTX_set_session_cache_mode(ctx, SSL_SESS_CACHE_CLIENT | SSL_SESS_CACHE_NO_INTERNAL);
     SSL_CTX_sess_set_new_cb(ctx, Upstream::keep);
     if (!settings.reuse) SSL_CTX_set_mode(ctx, SSL_MODE_RELEASE_BUFFERS);
+    SSL_CTX_set_read_ahead(ctx, 1);  // one read(2) for a record's header and what is in it
     SSL_CTX_dane_enable(ctx);  // OpenSSL's way to compare keys with pins
     for (auto& file : settings.ca)
         if (!SSL_CTX_load_verify_file(ctx, file.c_str()))
@@ -603,9 +606,6 @@ struct Connection {
         }
         if (!out_.empty()) {  // [5] RFC 7858 3.3: length and message together, in one record
             if (!call(SSL_write(ssl.get(), out_.data(), int(out_.size())))) return false;
-            // Else the tickets' acknowledgement is 40 ms late, and with it the answer: the
-            // resolver's Nagle algorithm holds it back until then.
-            set_option(fd, IPPROTO_TCP, TCP_QUICKACK, 1);
             since = Clock::now();
             tell(5, text("2 + %zu octets in one record", out_.size() - 2), out_);
             out_.clear();
@@ -613,7 +613,9 @@ struct Connection {
         }
         while (have_ < in_.size()) {  // [6] the length, then as many octets
             const int got = call(SSL_read(ssl.get(), &in_[have_], int(in_.size() - have_)));
-            if (!got) return false;
+            // Not the whole answer yet, but tickets, or its begin. The rest waits in the resolver,
+            // by Nagle's algorithm, until those are acknowledged: now, and not after 40 ms.
+            if (!got) return set_option(fd, IPPROTO_TCP, TCP_QUICKACK, 1), false;
             have_ += size_t(got);
             if (have_ == 2) in_.resize(2 + size_t(u16(in_, 0)));
         }
@@ -709,14 +711,6 @@ std::shared_ptr<Connection> Upstream::take() {
         else if (age > shortest_idle) idle_limit_ = std::max(age * 4 / 5, shortest_idle);
     }
     return nullptr;
-}
-
-size_t Upstream::tend() {
-    Lock lock(mutex_);  // so that no query misses the only one while it is looked at
-    auto oldest = take();
-    if (oldest && (parked_.size() < warm_stock || Clock::now() < asked.load() + seconds(5)))
-        parked_.push_front(std::move(oldest));
-    return parked_.size() + opening_;
 }
 
 // ---- The whole way -----------------------------------------------------------------------------
@@ -821,6 +815,8 @@ static void open(Upstream& upstream) {
 void restock(Outcome used) {
     for (auto& one : used.tries) {
         Upstream& upstream = one->upstream;
+        // Whom the answer woke runs first, and not behind this thread's work on the same CPU.
+        if (!settings.reuse) std::this_thread::sleep_for(milliseconds(1));
         int wanted = settings.reuse || !one->verified ? 0 : one->ready ? 1 : 2;  // a miss: one more
         if (settings.reuse && one.get() == used.winner && upstream.reserve()) upstream.park(one);
         one.reset();

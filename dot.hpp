@@ -168,7 +168,7 @@ Bytes reply(const Query& query, int rcode, int ede = -1);
 // ---- Streams and framing -----------------------------------------------------------------------
 
 // The message behind its length in two octets, RFC 1035 4.2.2. At most `longest_message` octets.
-Bytes frame(const Bytes& message);
+Bytes frame(Bytes message);
 // A whole message from a blocking stream socket. nullopt: closed, cut short, late or of length 0.
 std::optional<Bytes> read_frame(int fd);
 

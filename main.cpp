@@ -137,8 +137,10 @@ struct Source {
     Address client{};                // over TCP
     Permit permit{};                 // to be one of the TCP clients
     std::shared_ptr<int> of_host{};  // its use_count() tells how many of them its host has
-    std::atomic<int> waiting{0};     // threads that wait for a query
+    std::atomic<int> waiting{0};     // threads that wait for a seat, or in it for a query
     std::mutex writing{};            // guards the order of octets to fd
+    sem_t seats{};                   // a thread takes one before it takes a query
+    const int made = sem_init(&seats, 0, tcp ? 1 : 8);
 };
 
 // Who asks, and the way back: over UDP good for one query.
@@ -150,9 +152,7 @@ struct Client {
         if (source.tcp) return read_frame(source.fd);
         iovec whole{octets, sizeof octets};
         header = {&address, sizeof address, &whole, 1, control, sizeof control, 0};
-        ++source.waiting;
         const ssize_t size = recvmsg(source.fd, &header, 0);
-        --source.waiting;
         return Bytes(octets, octets + std::max<ssize_t>(size, 0));
     }
 
@@ -160,7 +160,6 @@ struct Client {
         Bytes framed = source.tcp ? frame(message) : message;
         iovec whole{framed.data(), framed.size()};
         header.msg_iov = &whole;
-        header.msg_iovlen = 1;
         std::lock_guard lock(source.writing);
         // UDP may lose an answer, as when a buffer is full: the client asks again. A TCP client
         // that is gone, or does not read, loses its stream.
@@ -172,7 +171,7 @@ struct Client {
     Source& source;
     Address address;
     alignas(cmsghdr) char control[64]{};  // which of our addresses was asked over UDP
-    msghdr header{};
+    msghdr header{nullptr, 0, nullptr, 1, nullptr, 0, 0};
     uint8_t octets[longest_message];  // not a vector's, which would be written to in whole
 };
 
@@ -192,13 +191,18 @@ static void finish(const Query& query, Client& client, const Outcome& outcome) {
 }
 
 // The steps [1] to [8] of one query after the other. A thread that has taken a query carries it to
-// its end. If that takes a while and nobody waits at the source it makes another one to take its
-// place: so there are as many threads as queries in flight, over UDP few are ever made, and where
-// answers come at once a few threads do it all. Over TCP the one that took its place reads on.
+// its end. If that takes a while it leaves its seat to one that waits, or to a new one: so there
+// are as many threads as queries in flight, over UDP few are ever made, and where answers come at
+// once a few threads do it all. As the seats are few, queries beyond what the machine can carry
+// wait in the socket, which is cheaper than in threads. Over TCP the next one reads on.
 static void serve(std::shared_ptr<Source> source) {
+    Permit seat;
     do {
         Client client(*source);
+        ++source->waiting;
+        if (!seat) seat = take_slot(source->seats, true);
         auto octets = client.take();
+        --source->waiting;
         const bool tcp = source->tcp, may = may_ask(client.address);
         if (!octets) return;
         count(!may ? "denied" : tcp ? "tcp" : "udp");
@@ -217,14 +221,16 @@ static void serve(std::shared_ptr<Source> source) {
         sem_getvalue(&query_slots, &free);
         if (permit) count("in_flight_most", settings.queries - free, true);
         if (verdict.rcode == forward && !permit) verdict = {SERVFAIL, "too many queries in flight"};
-        bool left = false;  // to another thread
-        const auto leave = [&] { if (!left && !source->waiting) left = detach(serve, source); };
+        const auto leave = [&] {  // the seat to another thread
+            if (seat && !source->waiting) detach(serve, source);
+            seat.reset();
+        };
         Outcome outcome = permit ? resolve(query, leave)
                                  : Outcome{reply(query, verdict.rcode), verdict.why};
         finish(query, client, outcome);
         permit.reset();
         if (!settings.reuse && !outcome.tries.empty()) leave();
-        if (tcp && left) source.reset();  // its client may go before what follows ends
+        if (tcp && !seat) source.reset();  // its client may go before what follows ends
         restock(std::move(outcome));
     } while (source && source->waiting < 8);
 }
@@ -259,9 +265,8 @@ static void serve_tcp(int listener) {
 int main(int argc, char** argv) try {
     parse_options(argc, argv);
     sigset_t signals{};
-    for (int wanted : {SIGTERM, SIGINT, SIGUSR1}) sigaddset(&signals, wanted);
+    for (int wanted : {SIGTERM, SIGINT, SIGUSR1, SIGPIPE}) sigaddset(&signals, wanted);
     pthread_sigmask(SIG_BLOCK, &signals, nullptr);
-    signal(SIGPIPE, SIG_IGN);
     mallopt(M_ARENA_MAX, 2);  // glibc would keep eight for each core: 1.5 MB more at saturation
     prepare();
     std::vector<std::pair<int, int>> listeners;  // and their types

@@ -240,7 +240,7 @@ TEST("totals.count_what_happens") {
     CHECK(s.proxy.prints("no answer to this query"));
     const struct { const char* name; int number; } rows[] = {
         {"udp", 4}, {"tcp", 1}, {"success", 3}, {"failure", 2}, {"NOERROR", 3}, {"NOTIMP", 1},
-        {"SERVFAIL", 1}, {"denied", 0}, {"failure:zone_transfers_are_not_proxied", 1}};
+        {"SERVFAIL", 1}, {"denied", 0}, {"failure:AXFR_and_IXFR_are_not_proxied", 1}};
     for (auto& row : rows)  // an answer is counted when it has left
         CHECK_WHY(eventually([&] { return s.total(row.name) == row.number; }), row.name);
     CHECK(s.total("dialled") >= 3 && s.total("resumed") >= 1 && s.total("ready") >= 1);
