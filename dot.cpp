@@ -15,7 +15,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <bitset>
 #include <cstring>
 #include <deque>
 #include <regex>
@@ -49,7 +48,8 @@ std::string totals() {
 
 std::string Address::bits() const {
     std::string bits = is_v4() ? "4" : "6";
-    for (int i = 0; i < (is_v4() ? 4 : 16); i++) bits += std::bitset<8>(octets()[i]).to_string();
+    for (int i = 0; i < (is_v4() ? 32 : 128); i++)
+        bits += octets()[i / 8] & (128 >> i % 8) ? '1' : '0';
     return bits;
 }
 
@@ -65,7 +65,7 @@ int parse_number(const std::string& from, int least, int most, const std::string
     throw BadOption(what + " '" + from + text("' is not a number from %d to %d", least, most));
 }
 
-Address parse_address(const std::string& from, int default_port) {
+Address parse_address(const std::string& from, int port) {
     const size_t at = from.find('@');
     const std::string host = from.substr(0, at);
     Address a;
@@ -73,8 +73,7 @@ Address parse_address(const std::string& from, int default_port) {
     if (!four && inet_pton(AF_INET6, host.c_str(), &a.v6.sin6_addr) != 1)
         throw BadOption("'" + host + "' is not an IP address");
     a.any.sa_family = four ? AF_INET : AF_INET6;
-    const bool given = at != from.npos;
-    const int port = given ? parse_number(from.substr(at + 1), 1, 65535, "port") : default_port;
+    if (at != from.npos) port = parse_number(from.substr(at + 1), 1, 65535, "port");
     a.v4.sin_port = htons(uint16_t(port));  // at the same place in both
     return a;
 }
@@ -331,9 +330,8 @@ static Bytes head(const Bytes& m, const Layout& l) {
 }
 
 Bytes cut(const Query& query, Bytes a, size_t most_udp) {  // [8]
-    const size_t udp = std::clamp<size_t>(query.layout.udp_size, 512, most_udp);  // RFC 6891 6.2.5
-    const size_t limit = query.tcp ? longest_message : udp;
-    if (a.size() <= limit) return a;
+    const size_t limit = std::clamp<size_t>(query.layout.udp_size, 512, most_udp);
+    if (query.tcp || a.size() <= limit) return a;
     const Layout l = parse(a);
     Layout own{.options = l.options, .dnssec_ok = query.layout.dnssec_ok};
     Bytes out = head(a, l);
@@ -358,11 +356,6 @@ Bytes reply(const Query& query, int rcode, int ede) {  // [8]
 Bytes frame(Bytes message) {
     message.insert(message.begin(), {uint8_t(message.size() >> 8), uint8_t(message.size())});
     return message;
-}
-
-void set_option(int fd, int level, int option, int value) {
-    // None is worth more than the service: without one it is slower or less precise.
-    setsockopt(fd, level, option, &value, sizeof value);
 }
 
 std::optional<Bytes> read_frame(int fd) {
@@ -415,9 +408,9 @@ constexpr Clock::duration longest_idle = seconds(25), shortest_idle = seconds(1)
 // round trip; the number parked follows the load. The oldest is taken, for its tickets have arrived
 // and been acknowledged: a newer one would hold the answer up.
 struct Upstream : Peer {
-    explicit Upstream(const Peer& peer) : Peer(peer) {}
     std::atomic<int> group{0};     // the key exchange it chose last (an OpenSSL NID); 0: unknown
     std::atomic<int> failures{0};  // and no answer in between
+    std::atomic<Clock::duration> quickest{seconds(1)};  // of its answers, of late
 
     // Whether it may be asked now: it did not fail, or its time of rest is over. Then the caller is
     // the one who tries it: others are told no, for twice as long as before, or until it answers.
@@ -444,6 +437,7 @@ struct Upstream : Peer {
         if (failures > 0) say("UPSTREAM " + address.str() + " answers again");
         failures = points_ = 0;
         rest_until_ = {};
+        quickest = std::min(took, quickest.load() * 65 / 64);
         // One slow answer must not spoil the average.
         usual_ = usual_.count() ? usual_ + (std::min(took, 2 * usual_) - usual_) / 8 : took;
     }
@@ -619,7 +613,7 @@ struct Connection {
             have_ += size_t(got);
             if (have_ == 2) in_.resize(2 + size_t(u16(in_, 0)));
         }
-        tell(6, text("2 + %zu octets", in_.size() - 2), in_);
+        if (settings.verbose) tell(6, text("2 + %zu octets", in_.size() - 2), in_);
         return true;
     }
 
@@ -734,7 +728,7 @@ static bool accept(const Query& query, Connection& one, Outcome& outcome) {
     const Layout layout = parse(answer);
     const auto clean = matches(query, answer, layout) ? unpad(query, answer, layout) : std::nullopt;
     if (!clean) return one.fail("sent what is no answer to this query", 0);
-    query.tell(7, text("%zu -> %zu octets", answer.size(), clean->size()));
+    if (settings.verbose) query.tell(7, text("%zu -> %zu octets", answer.size(), clean->size()));
     one.upstream.answered(Clock::now() - one.since);
     outcome = {*clean, one.upstream.name + " " + one.how(), &one, std::move(outcome.tries)};
     return true;
@@ -751,10 +745,9 @@ static void wait_for(const Connections& tries, Time until) {
 // [4]-[7] The race: if no try is left running another follows at once, and one that is late is
 // joined by another, of the next upstream if there is one. The first good answer wins.
 static void ask(const Query& query, const Bytes& message, Outcome& outcome, auto& slow) {
-    const Time soon = query.taken + milliseconds(1);
     Connections& tries = outcome.tries;
     Upstream* last = nullptr;
-    Time next_try{};
+    Time next_try{}, soon = query.taken + milliseconds(5);
     size_t running = 0;
     // Each turn begins a try if one is wanted, moves all of them on as far as they go without
     // waiting, and then waits for any of them, for the time of the next try or for the deadline.
@@ -782,8 +775,10 @@ static void ask(const Query& query, const Bytes& message, Outcome& outcome, auto
             if (!one->why_.empty()) outcome.detail = one->trouble();
             else ++running;
         }
-        if (running && now >= soon) slow();
-        if (running) wait_for(tries, now < soon ? soon : std::min(query.deadline, next_try));
+        // 5 ms: a timer that is ahead of the kernel's own has to be set in hardware.
+        const bool near = now < soon && last->quickest.load() < milliseconds(1);
+        if (running && !near) slow();
+        if (running) wait_for(tries, near ? soon : std::min(query.deadline, next_try));
     }
     if (tries.empty()) return;  // it waited too long for its slot
     outcome.detail = tries.back()->trouble();
@@ -791,12 +786,12 @@ static void ask(const Query& query, const Bytes& message, Outcome& outcome, auto
 }
 
 Outcome resolve(const Query& query, const std::function<void()>& slow) {
-    const Bytes message = pad(query);  // [3]
-    query.tell(3, text("%zu -> %zu octets", query.octets.size(), message.size()));
+    const Bytes out = pad(query);  // [3]
+    if (settings.verbose) query.tell(3, text("%zu -> %zu octets", query.octets.size(), out.size()));
     Outcome outcome{{}, "every upstream failed a moment ago, or its time is up"};
     asked = query.taken;
     if (race_budget < race_burst) ++race_budget;
-    ask(query, message, outcome, slow);
+    ask(query, out, outcome, slow);
     if (!outcome.winner) outcome.octets = reply(query, SERVFAIL, 23);  // EDE: Network Error
     outcome.octets = cut(query, outcome.octets, size_t(settings.max_udp));  // [8]
     return outcome;

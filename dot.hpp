@@ -172,7 +172,11 @@ Bytes frame(Bytes message);
 // A whole message from a blocking stream socket. nullopt: closed, cut short, late or of length 0.
 std::optional<Bytes> read_frame(int fd);
 
-void set_option(int fd, int level, int option, int value);  // a socket's; as setsockopt(2)
+// A socket's, as setsockopt(2). None is worth more than the service: without one it is slower or
+// less precise.
+void set_option(int fd, int level, int option, auto value) {
+    setsockopt(fd, level, option, &value, sizeof value);
+}
 
 // ---- Who may ask, and how much -----------------------------------------------------------------
 
@@ -191,7 +195,8 @@ struct Outcome {
     const Connection* winner = nullptr;    // it brought the answer; nullptr: there is none
     std::vector<std::shared_ptr<Connection>> tries{};  // all that were used; for restock()
 };
-// Steps [3] to [8], by any thread. Calls `slow` from time to time if it takes more than 1 ms.
+// Steps [3] to [8], by any thread. Calls `slow`, perhaps often, if the resolver is not one that
+// answers within 1 ms, or takes more than 5 ms all the same.
 Outcome resolve(const Query& query, const std::function<void()>& slow);
 void restock(Outcome used);           // after the answer: connections in place of those used
 void tend();                          // keeps a small stock of ready connections warm, for ever

@@ -1,8 +1,8 @@
 // main.cpp - how the program runs: options, listeners, threads, signals; main comes last.
 //
 // One thread accepts at each TCP listener, one keeps connections ready, the main thread waits for
-// signals. At least one waits at each UDP socket, about eight at most, and one for each TCP client.
-// The one that takes a query carries it to its end; if that takes a while another takes its place.
+// signals. Some wait at each UDP socket, and one for each TCP client. The one that takes a query
+// carries it to its end; if that takes a while another takes its place.
 // Slots bound what strangers start.
 #include <getopt.h>
 #include <grp.h>
@@ -129,6 +129,10 @@ static bool detach(auto work, auto... with) {
     return guard([=] { std::thread([=] { guard(work, with...); }).detach(); });
 }
 
+// At a UDP socket. With more of them a fresh connection for each query takes more memory, and with
+// fewer --reuse takes more time.
+static int seats() { return settings.reuse ? 8 : 4; }
+
 // Where queries come from and answers go: a UDP socket, for ever, or the stream of a TCP client.
 struct Source {
     ~Source() { if (tcp) close(fd); }
@@ -138,9 +142,9 @@ struct Source {
     Permit permit{};                 // to be one of the TCP clients
     std::shared_ptr<int> of_host{};  // its use_count() tells how many of them its host has
     std::atomic<int> waiting{0};     // threads that wait for a seat, or in it for a query
-    std::mutex writing{};            // guards the order of octets to fd
-    sem_t seats{};                   // a thread takes one before it takes a query
-    const int made = sem_init(&seats, 0, tcp ? 1 : 8);
+    std::mutex writing{};            // guards the order of octets in a stream
+    sem_t free{};                    // seats: a thread takes one before it takes a query
+    const int made = sem_init(&free, 0, tcp ? 1 : seats());
 };
 
 // Who asks, and the way back: over UDP good for one query.
@@ -160,7 +164,8 @@ struct Client {
         Bytes framed = source.tcp ? frame(message) : message;
         iovec whole{framed.data(), framed.size()};
         header.msg_iov = &whole;
-        std::lock_guard lock(source.writing);
+        std::unique_lock lock(source.writing, std::defer_lock);
+        if (source.tcp) lock.lock();
         // UDP may lose an answer, as when a buffer is full: the client asks again. A TCP client
         // that is gone, or does not read, loses its stream.
         const int flags = source.tcp ? MSG_NOSIGNAL : MSG_DONTWAIT;
@@ -178,7 +183,8 @@ struct Client {
 static void finish(const Query& query, Client& client, const Outcome& outcome) {
     const std::string rcode = rcode_name(outcome.octets[3] & 15);
     const char* tc = outcome.octets[2] & 0x02 ? ", TC: there is more" : "";
-    query.tell(8, rcode + text(", %zu octets%s", outcome.octets.size(), tc), outcome.octets);
+    if (settings.verbose)
+        query.tell(8, rcode + text(", %zu octets%s", outcome.octets.size(), tc), outcome.octets);
     count(rcode);
     count(outcome.winner ? "success" : "failure");
     if (!outcome.winner) count("failure:" + outcome.detail);
@@ -193,14 +199,14 @@ static void finish(const Query& query, Client& client, const Outcome& outcome) {
 // The steps [1] to [8] of one query after the other. A thread that has taken a query carries it to
 // its end. If that takes a while it leaves its seat to one that waits, or to a new one: so there
 // are as many threads as queries in flight, over UDP few are ever made, and where answers come at
-// once a few threads do it all. As the seats are few, queries beyond what the machine can carry
+// once those with a seat do it all. As the seats are few, queries beyond what the machine can carry
 // wait in the socket, which is cheaper than in threads. Over TCP the next one reads on.
 static void serve(std::shared_ptr<Source> source) {
     Permit seat;
     do {
         Client client(*source);
         ++source->waiting;
-        if (!seat) seat = take_slot(source->seats, true);
+        if (!seat) seat = take_slot(source->free, true);
         auto octets = client.take();
         --source->waiting;
         const bool tcp = source->tcp, may = may_ask(client.address);
@@ -208,7 +214,8 @@ static void serve(std::shared_ptr<Source> source) {
         count(!may ? "denied" : tcp ? "tcp" : "udp");
         if (!may) continue;
         const Query query{*octets, tcp};
-        query.tell(1, text("%zu octets over %s", octets->size(), tcp ? "TCP" : "UDP"), *octets);
+        if (settings.verbose)
+            query.tell(1, text("%zu octets over %s", octets->size(), tcp ? "TCP" : "UDP"), *octets);
         Verdict verdict = judge(query);
         if (verdict.rcode != silence && over_rate(client.address, tcp))
             verdict = {tcp ? REFUSED : cut_short, "over the rate"};  // no more than was sent
@@ -232,7 +239,7 @@ static void serve(std::shared_ptr<Source> source) {
         if (!settings.reuse && !outcome.tries.empty()) leave();
         if (tcp && !seat) source.reset();  // its client may go before what follows ends
         restock(std::move(outcome));
-    } while (source && source->waiting < 8);
+    } while (source && source->waiting < seats());
 }
 
 static void serve_tcp(int listener) {
@@ -242,20 +249,16 @@ static void serve_tcp(int listener) {
         Address from;
         socklen_t size = sizeof from;
         const int fd = accept4(listener, &from.any, &size, SOCK_CLOEXEC);
-        if (fd < 0) {  // out of open files, say: others will be closed
-            std::this_thread::sleep_for(milliseconds(20));
-            continue;
-        }
         std::erase_if(hosts, [](auto& host) { return host.second.use_count() == 1; });
         auto& host = hosts.try_emplace(from.host(), std::make_shared<int>()).first->second;
         auto client = std::make_shared<Source>(true, fd, from, std::move(all), host);
         // RFC 7766 6.2.3. On Linux for all the waits of one call, so that no drip resets it.
-        const timeval limit{10, 0};
-        for (int way : {SO_RCVTIMEO, SO_SNDTIMEO})
-            setsockopt(fd, SOL_SOCKET, way, &limit, sizeof limit);
+        for (int way : {SO_RCVTIMEO, SO_SNDTIMEO}) set_option(fd, SOL_SOCKET, way, timeval{10, 0});
         set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
+        // Out of open files, say: others will be closed.
+        if (fd < 0) std::this_thread::sleep_for(milliseconds(20));
         // 64 of a host; one more use of the count is the map's.
-        if (!may_ask(from) || host.use_count() > 65) count("denied");
+        else if (!may_ask(from) || host.use_count() > 65) count("denied");
         else detach(serve, client);
     }
 }
@@ -287,7 +290,8 @@ int main(int argc, char** argv) try {
     forever(tend);
     for (auto [fd, type] : listeners) {
         if (fd >= 0 && type == SOCK_STREAM) forever(serve_tcp, fd);
-        if (fd >= 0 && type == SOCK_DGRAM) forever(serve, std::make_shared<Source>(false, fd));
+        const auto source = std::make_shared<Source>(false, fd);
+        for (int i = 0; i < seats() && fd >= 0 && type == SOCK_DGRAM; i++) forever(serve, source);
     }
     for (int caught = 0; caught != SIGTERM && caught != SIGINT;)
         if (sigwait(&signals, &caught) == 0 && caught == SIGUSR1) say(totals());

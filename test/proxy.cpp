@@ -1088,6 +1088,19 @@ TEST("concurrency.few_of_the_threads_of_a_burst_stay") {
     p.proxy.stop();
 }
 
+// Nor do they take its seat at the socket for long, though this resolver is quick as a rule.
+TEST("concurrency.slow_answers_do_not_hold_up_a_quick_one") {
+    Pair p;
+    for (int i = 0; i < 20; i++) CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
+    Client slow(SOCK_DGRAM, p.proxy.port);
+    for (int i = 0; i < 60; i++) slow.send(make_query("slow3000.test", 1, {}, i));
+    const auto start = std::chrono::steady_clock::now();
+    CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
+    CHECK(std::chrono::steady_clock::now() - start < std::chrono::milliseconds(2000));
+    for (int i = 0; i < 60; i++) CHECK_EQ(Answer(*slow.receive()).rcode(), 0);
+    p.proxy.stop();
+}
+
 TEST("concurrency.without_a_slot_udp_is_answered_at_once_and_tcp_waits") {  // (114)
     Pair p({.delay_ms = 1000}, {"-n", "2"});
     Client udp(SOCK_DGRAM, p.proxy.port), tcp(SOCK_STREAM, p.proxy.port);
