@@ -775,7 +775,7 @@ static void ask(const Query& query, const Bytes& message, Outcome& outcome, auto
             if (!one->why_.empty()) outcome.detail = one->trouble();
             else ++running;
         }
-        // 5 ms: a timer that is ahead of the kernel's own has to be set in hardware.
+        // Not 1 ms: a timer ahead of the kernel's own (of 4 ms) is set in hardware, for each query.
         const bool near = now < soon && last->quickest.load() < milliseconds(1);
         if (running && !near) slow();
         if (running) wait_for(tries, near ? soon : std::min(query.deadline, next_try));
