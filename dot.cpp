@@ -408,6 +408,7 @@ constexpr Clock::duration longest_idle = seconds(25), shortest_idle = seconds(1)
 // round trip; the number parked follows the load. The oldest is taken, for its tickets have arrived
 // and been acknowledged: a newer one would hold the answer up.
 struct Upstream : Peer {
+    explicit Upstream(const Peer& peer) : Peer(peer) {}
     std::atomic<int> group{0};     // the key exchange it chose last (an OpenSSL NID); 0: unknown
     std::atomic<int> failures{0};  // and no answer in between
     std::atomic<Clock::duration> quickest{seconds(1)};  // of its answers, of late
