@@ -748,7 +748,7 @@ static void wait_for(const Connections& tries, Time until) {
 static void ask(const Query& query, const Bytes& message, Outcome& outcome, auto& slow) {
     Connections& tries = outcome.tries;
     Upstream* last = nullptr;
-    Time next_try{}, soon = query.taken + milliseconds(5);
+    Time next_try{}, soon = std::min(query.deadline, query.taken + milliseconds(5));
     size_t running = 0;
     // Each turn begins a try if one is wanted, moves all of them on as far as they go without
     // waiting, and then waits for any of them, for the time of the next try or for the deadline.

@@ -198,9 +198,9 @@ static void finish(const Query& query, Client& client, const Outcome& outcome) {
 
 // The steps [1] to [8] of one query after the other. A thread that has taken a query carries it to
 // its end. If that takes a while it leaves its seat to one that waits, or to a new one: so there
-// are as many threads as queries in flight, over UDP few are ever made, and where answers come at
-// once those with a seat do it all. As the seats are few, queries beyond what the machine can carry
-// wait in the socket, which is cheaper than in threads. Over TCP the next one reads on.
+// are as many threads as queries in flight, and where answers come at once, with --reuse, those
+// with a seat do it all (else each has a handshake to do). As the seats are few, queries beyond
+// what the machine can carry wait in the socket, not in threads. Over TCP the next one reads on.
 static void serve(std::shared_ptr<Source> source) {
     Permit seat;
     do {
