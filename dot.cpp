@@ -6,13 +6,11 @@
 #include "dot.hpp"
 
 #include <arpa/inet.h>
-#include <netinet/tcp.h>
 #include <openssl/err.h>
 #include <openssl/ssl.h>
 #include <openssl/x509v3.h>
 #include <poll.h>
 #include <resolv.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
@@ -412,6 +410,7 @@ struct Upstream : Peer {
     std::atomic<int> group{0};     // the key exchange it chose last (an OpenSSL NID); 0: unknown
     std::atomic<int> failures{0};  // and no answer in between
     std::atomic<Clock::duration> quickest{seconds(1)};  // of its answers, of late
+    std::atomic<Clock::duration> usual{};               // until it answers; 0: unknown
 
     // Whether it may be asked now: it did not fail, or its time of rest is over. Then the caller is
     // the one who tries it: others are told no, for twice as long as before, or until it answers.
@@ -440,16 +439,8 @@ struct Upstream : Peer {
         rest_until_ = {};
         quickest = std::min(took, quickest.load() * 65 / 64);
         // One slow answer must not spoil the average.
-        usual_ = usual_.count() ? usual_ + (std::min(took, 2 * usual_) - usual_) / 8 : took;
-    }
-
-    // When another try is worth while, if there is no answer.
-    Time patience(bool ready) {
-        Lock lock(mutex_);
-        if (!usual_.count()) return Clock::now() + milliseconds(250);  // RFC 8305 5
-        // 1.5 times the usual; 5 times if it has to be dialled first. What is less than 25 ms late
-        // is the scheduler's fault more often than the network's.
-        return Clock::now() + std::max(usual_ * (ready ? 3 : 10) / 2, Clock::duration(25000000));
+        const Clock::duration was = usual;
+        usual = was.count() ? was + (std::min(took, 2 * was) - was) / 8 : took;
     }
 
     // Called by OpenSSL with each ticket. RFC 8446 4.6.1: a lifetime of 0 means discard it, and no
@@ -478,11 +469,12 @@ struct Upstream : Peer {
     // The oldest ready connection, alive and not too old; empty: there is none. Drops others.
     std::shared_ptr<Connection> take();
 
-    // A place for one more, to be filled by park(). false: there are enough.
-    bool reserve() {
+    // A place for one more, to be filled by park(). false: there are enough; of those that are not
+    // asked for yet (`extra`) enough is twice as many ready as there are being opened.
+    bool reserve(bool extra = false) {
         Lock lock(mutex_);
-        const size_t most = size_t(settings.ready);  // handshakes take memory: half of them at once
-        return parked_.size() + opening_ < most && 2 * opening_ <= most && ++opening_ > 0;
+        if (extra && parked_.size() + 2 >= 2 * opening_) return false;
+        return parked_.size() + opening_ < size_t(settings.ready) && ++opening_ > 0;
     }
 
     void park(std::shared_ptr<Connection> connection) {  // empty: it came to nothing
@@ -491,13 +483,10 @@ struct Upstream : Peer {
         if (connection) parked_.push_back(std::move(connection));
     }
 
-    // Drops those that are dead or too old, and one of too many for how little is asked. Returns
-    // how many there are.
+    // Drops those that are dead or too old. Returns how many there are.
     size_t tend() {
         Lock lock(mutex_);  // so that no query misses the only one while it is looked at
-        auto oldest = take();
-        if (oldest && (parked_.size() < warm_stock || Clock::now() < asked.load() + seconds(5)))
-            parked_.push_front(std::move(oldest));
+        if (auto oldest = take()) parked_.push_front(std::move(oldest));
         return parked_.size() + opening_;
     }
 
@@ -511,7 +500,6 @@ struct Upstream : Peer {
     std::deque<Session> tickets_;
     std::deque<std::shared_ptr<Connection>> parked_;
     Clock::duration idle_limit_ = longest_idle;  // learnt: how long it leaves a connection open
-    Clock::duration usual_{};                    // until it answers; 0: unknown
     size_t points_ = 0, opening_ = 0;
     Time rest_until_{}, tried_{};
 };
@@ -580,7 +568,6 @@ struct Connection {
         query_ = &query;
         ready = verified;
         count("ready", ready);
-        if (ready && settings.verbose) tell_how();
         out_ = frame(message);
         in_.assign(2, 0);
         have_ = 0;
@@ -597,11 +584,11 @@ struct Connection {
             since = Clock::now();
             upstream.group = int(SSL_get_negotiated_group(ssl.get()));
             count("resumed", SSL_session_reused(ssl.get()));
-            if (settings.verbose) tell_how();
         }
         if (!out_.empty()) {  // [5] RFC 7858 3.3: length and message together, in one record
             if (!call(SSL_write(ssl.get(), out_.data(), int(out_.size())))) return false;
             since = Clock::now();
+            if (settings.verbose) tell_how();
             tell(5, text("2 + %zu octets in one record", out_.size() - 2), out_);
             out_.clear();
             return events = POLLIN, false;  // it will take a while
@@ -627,6 +614,16 @@ struct Connection {
         return SSL_get_error(ssl.get(), SSL_peek(ssl.get(), &octet, 1)) == SSL_ERROR_WANT_READ;
     }
 
+    // When another try is worth while, if it does not get on until then.
+    Time patience() const {
+        if (!upstream.usual.load().count()) return since + milliseconds(250);  // RFC 8305 5
+        // 1.5 times the usual. 2.5 times to be verified, which takes two round trips, and then 3
+        // times, for the answer may wait behind tickets. What is less than 25 ms late is the
+        // scheduler's fault more often than the network's.
+        const Clock::duration late = upstream.usual.load() * (ready ? 3 : verified ? 6 : 5) / 2;
+        return since + std::max(late, Clock::duration(25000000));
+    }
+
     std::string how() const {
         const std::string session = SSL_session_reused(ssl.get()) ? " resumed" : " full";
         return SSL_get_version(ssl.get()) + session + (ready ? " ready" : " dialled");
@@ -650,7 +647,7 @@ struct Connection {
     short events = POLLOUT;  // what advance() waits for, as of poll(2)
     bool verified = false;   // the other end proved who it is
     bool ready = false;      // it was verified before the query came
-    Time since;              // when it was verified, or its query was sent
+    Time since = Clock::now();  // when it was dialled, then verified, then its query was sent
 
     // What an OpenSSL call returned; 0: it waits for `events`, or failed. The error queue was empty
     // before the call, else an old error would be taken for its own.
@@ -740,19 +737,19 @@ static void wait_for(const Connections& tries, Time until) {
     for (auto& one : tries)
         if (one->why_.empty()) waiting.push_back({one->fd, one->events, 0});
     const double left = Ms(until - Clock::now()).count() + 0.999;  // never a little too early
-    poll(waiting.data(), waiting.size(), int(std::clamp(left, 0.0, 3600e3)));
+    if (!waiting.empty()) poll(waiting.data(), waiting.size(), int(std::clamp(left, 0.0, 3600e3)));
 }
 
 // [4]-[7] The race: if no try is left running another follows at once, and one that is late is
 // joined by another, of the next upstream if there is one. The first good answer wins.
 static void ask(const Query& query, const Bytes& message, Outcome& outcome, auto& slow) {
     Connections& tries = outcome.tries;
-    Upstream* last = nullptr;
     Time next_try{}, soon = std::min(query.deadline, query.taken + milliseconds(5));
     size_t running = 0;
     // Each turn begins a try if one is wanted, moves all of them on as far as they go without
     // waiting, and then waits for any of them, for the time of the next try or for the deadline.
     for (Time now; (now = Clock::now()) < query.deadline;) {
+        Upstream* const last = tries.empty() ? nullptr : &tries.back()->upstream;
         const bool late = running > 0 && now >= next_try;
         // RFC 9520 3.1: three at most.
         const bool more = tries.size() < 3 && (!running || (late && race_budget >= race_price));
@@ -761,14 +758,11 @@ static void ask(const Query& query, const Bytes& message, Outcome& outcome, auto
         if (!running && !next) return;
         if (next) {  // while another runs: a race
             if (running && next != last) last->blame(1, tries.back()->trouble());
-            if (running) race_budget -= race_price;
-            if (running) count("raced");
+            if (running) race_budget -= race_price, count("raced");
             auto ready = next->take();
             tries.push_back(ready ? ready : std::make_shared<Connection>(*next));
-            last = next;
             tries.back()->send(query, message);
         }
-        if (next || late) next_try = next ? next->patience(tries.back()->ready) : Time::max();
         running = 0;
         for (auto& one : tries) {
             if (one->advance() && accept(query, *one, outcome))
@@ -776,14 +770,15 @@ static void ask(const Query& query, const Bytes& message, Outcome& outcome, auto
             if (!one->why_.empty()) outcome.detail = one->trouble();
             else ++running;
         }
+        next_try = late && !next ? Time::max() : tries.back()->patience();
         // Not 1 ms: a timer ahead of the kernel's own (of 4 ms) is set in hardware, for each query.
-        const bool near = now < soon && last->quickest.load() < milliseconds(1);
+        const bool near = now < soon && tries.back()->upstream.quickest.load() < milliseconds(1);
         if (running && !near) slow();
         if (running) wait_for(tries, near ? soon : std::min(query.deadline, next_try));
     }
     if (tries.empty()) return;  // it waited too long for its slot
     outcome.detail = tries.back()->trouble();
-    last->blame(tries.back()->verified ? 1 : useless, outcome.detail);
+    tries.back()->upstream.blame(tries.back()->verified ? 1 : useless, outcome.detail);
 }
 
 Outcome resolve(const Query& query, const std::function<void()>& slow) {
@@ -798,14 +793,22 @@ Outcome resolve(const Query& query, const std::function<void()>& slow) {
     return outcome;
 }
 
-// Opens one more connection and parks it.
-static void open(Upstream& upstream) {
-    if (!upstream.reserve()) return;
-    auto one = std::make_shared<Connection>(upstream);
+// Opens one more connection and parks it; and with it an extra one after a miss, or if few are
+// ready.
+static void open(Upstream& upstream, bool hit = true) {
+    Connections fresh;
+    for (bool extra : {false, true})
+        if (upstream.reserve(extra && hit)) fresh.push_back(std::make_shared<Connection>(upstream));
     const Time until = Clock::now() + milliseconds(settings.timeout);
-    while (!one->advance() && one->why_.empty() && Clock::now() < until) wait_for({one}, until);
-    if (!one->verified && one->why_.empty()) one->fail("no TLS connection in time", 1);
-    upstream.park(one->verified ? one : nullptr);
+    while (!fresh.empty()) {
+        std::erase_if(fresh, [&](auto& one) {
+            const bool done = one->advance() || !one->why_.empty() ||
+                              (Clock::now() >= until && !one->fail("no TLS connection in time", 1));
+            if (done) upstream.park(one->verified ? one : nullptr);
+            return done;
+        });
+        wait_for(fresh, until);
+    }
 }
 
 void restock(Outcome used) {
@@ -813,10 +816,10 @@ void restock(Outcome used) {
         Upstream& upstream = one->upstream;
         // Whom the answer woke runs first, and not behind this thread's work on the same CPU.
         if (!settings.reuse) std::this_thread::sleep_for(milliseconds(1));
-        int wanted = settings.reuse || !one->verified ? 0 : one->ready ? 1 : 2;  // a miss: one more
+        const bool wanted = !settings.reuse && one->verified, hit = one->ready;
         if (settings.reuse && one.get() == used.winner && upstream.reserve()) upstream.park(one);
         one.reset();
-        while (wanted-- > 0) open(upstream);
+        if (wanted) open(upstream, hit);
         // Reads the tickets of the next one now, and not while a client waits.
         if (!settings.reuse) upstream.tend();
     }

@@ -24,6 +24,8 @@
 #pragma once
 
 #include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
@@ -91,7 +93,7 @@ struct Settings {
     std::vector<Peer> upstreams;
     // Files of the certificates to trust, none: the system's; prefixes of who may ask, and may not.
     std::vector<std::string> ca, allow, deny;
-    int rate = 0, queries = 512, timeout = 4000, ready = 64, max_udp = 1232, verbose = 0;
+    int rate = 0, queries = 512, timeout = 4000, ready = 128, max_udp = 1232, verbose = 0;
     bool reuse = false, quiet = false;
     int uid = -1, gid = -1;  // of whom to become; -1: who it is
 };

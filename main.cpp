@@ -7,11 +7,9 @@
 #include <getopt.h>
 #include <grp.h>
 #include <malloc.h>
-#include <netinet/tcp.h>
 #include <pwd.h>
 #include <semaphore.h>
 #include <sys/prctl.h>
-#include <unistd.h>
 
 #include <csignal>
 
@@ -228,15 +226,15 @@ static void serve(std::shared_ptr<Source> source) {
         sem_getvalue(&query_slots, &free);
         if (permit) count("in_flight_most", settings.queries - free, true);
         if (verdict.rcode == forward && !permit) verdict = {SERVFAIL, "too many queries in flight"};
-        const auto leave = [&] {  // the seat to another thread
-            if (seat && !source->waiting) detach(serve, source);
+        const auto leave = [&](int enough) {  // the seat to another thread
+            if (seat && source->waiting < enough) detach(serve, source);
             seat.reset();
         };
-        Outcome outcome = permit ? resolve(query, leave)
+        Outcome outcome = permit ? resolve(query, [&] { leave(tcp ? 1 : seats()); })
                                  : Outcome{reply(query, verdict.rcode), verdict.why};
         finish(query, client, outcome);
         permit.reset();
-        if (!settings.reuse && !outcome.tries.empty()) leave();
+        if (!settings.reuse && !outcome.tries.empty()) leave(1);
         if (tcp && !seat) source.reset();  // its client may go before what follows ends
         restock(std::move(outcome));
     } while (source && source->waiting < seats());

@@ -899,6 +899,19 @@ TEST("failover.an_address_that_leads_nowhere_costs_no_more_than_the_race") {  //
     proxy.stop();
 }
 
+// It accepts and says nothing, as one does that is just starting.
+TEST("failover.a_dial_that_gets_nowhere_is_joined_after_two_and_a_half_times_the_usual") {
+    Certificates certificates;
+    Upstream first(certificates, {.delay_ms = 200}), next(certificates);
+    Proxy proxy(certificates, {first.spec(), next.spec()}, {"-k", "0", "-t", "20000"});
+    for (int i = 0; i < 3; i++) CHECK_EQ(proxy.ask(make_query("a.test")).rcode(), 0);
+    first.set({.accept = Options::Hang});
+    const auto start = Clock::now();
+    CHECK_EQ(proxy.ask(make_query("b.test")).rcode(), 0);
+    CHECK_WHY(since(start) > 0.4 && since(start) < 0.9, std::to_string(since(start)));
+    proxy.stop();
+}
+
 // ---- ready connections and the race ------------------------------------------------------------
 
 static int parked(const Upstream& u) { return u.seen().open; }
@@ -939,6 +952,33 @@ TEST("ready.a_parked_connection_that_died_costs_nothing") {
     CHECK_EQ(proxy.ask(make_query("b.test")).rcode(), 0);
     CHECK(!contains(proxy.out(), "FAILURE"));
     proxy.stop();
+}
+
+static void burst(Pair& p, int queries) {
+    std::vector<std::thread> clients;
+    for (int i = 0; i < queries; i++)
+        clients.emplace_back([&] { CHECK(p.proxy.udp(make_query("a.test"))); });
+    for (auto& client : clients) client.join();
+}
+
+TEST("ready.while_few_are_left_more_are_opened_though_none_missed") {
+    Pair p({.delay_ms = 200, .handshake_ms = 400}, {"-t", "20000", "-q"});
+    burst(p, 10);
+    CHECK(eventually([&] { return parked(p.upstream) >= 16; }));
+    sleep(1);  // nothing is being opened
+    const int before = parked(p.upstream);
+    burst(p, 10);
+    CHECK(eventually([&] { return parked(p.upstream) >= before + 3; }));
+    p.proxy.stop();
+}
+
+TEST("ready.what_a_burst_left_waits_for_the_next_one") {
+    Pair p({.delay_ms = 200}, {"-q"});
+    burst(p, 8);
+    CHECK(eventually([&] { return parked(p.upstream) >= 12; }));
+    sleep(10);
+    CHECK_WHY(parked(p.upstream) >= 12, std::to_string(parked(p.upstream)));
+    p.proxy.stop();
 }
 
 TEST("ready.the_bound_holds") {

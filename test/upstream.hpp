@@ -60,6 +60,7 @@ struct Options {
     int ticket_lifetime = -1;   // seconds; -1: OpenSSL's
     int idle_ms = 0;            // closes a connection that is silent for so long; 0: never
     int delay_ms = 0;           // of every answer
+    int handshake_ms = 0;       // passes before it says anything
     bool deaf = false;          // reads queries and never answers
     bool nagle = false;         // holds an answer back until what was sent before is acknowledged
 };
