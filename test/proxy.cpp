@@ -821,15 +821,20 @@ TEST("failover.the_next_upstream_answers") {
     proxy.stop();
 }
 
+// All of them at once; each must be answered.
+static void burst(Proxy& proxy, int queries) {
+    std::vector<std::thread> clients;
+    for (int i = 0; i < queries; i++)
+        clients.emplace_back([&] { CHECK(proxy.udp(make_query("a.test"))); });
+    for (auto& client : clients) client.join();
+}
+
 // So that the queries which find out that the first one is gone pay no handshake.
 TEST("failover.the_next_upstream_has_as_many_ready_connections") {
     Certificates certificates;
     Upstream first(certificates, {.delay_ms = 200}), next(certificates);
     Proxy proxy(certificates, {first.spec(), next.spec()});
-    std::vector<std::thread> clients;
-    for (int i = 0; i < 12; i++)
-        clients.emplace_back([&] { CHECK(proxy.udp(make_query("a.test"))); });
-    for (auto& client : clients) client.join();
+    burst(proxy, 12);
     CHECK(eventually([&] {
         CHECK_EQ(proxy.ask(make_query("a.test")).rcode(), 0);
         return next.seen().open >= 10;
@@ -954,27 +959,20 @@ TEST("ready.a_parked_connection_that_died_costs_nothing") {
     proxy.stop();
 }
 
-static void burst(Pair& p, int queries) {
-    std::vector<std::thread> clients;
-    for (int i = 0; i < queries; i++)
-        clients.emplace_back([&] { CHECK(p.proxy.udp(make_query("a.test"))); });
-    for (auto& client : clients) client.join();
-}
-
 TEST("ready.while_few_are_left_more_are_opened_though_none_missed") {
     Pair p({.delay_ms = 200, .handshake_ms = 400}, {"-t", "20000", "-q"});
-    burst(p, 10);
+    burst(p.proxy, 10);
     CHECK(eventually([&] { return parked(p.upstream) >= 16; }));
     sleep(1);  // nothing is being opened
     const int before = parked(p.upstream);
-    burst(p, 10);
+    burst(p.proxy, 10);
     CHECK(eventually([&] { return parked(p.upstream) >= before + 3; }));
     p.proxy.stop();
 }
 
 TEST("ready.what_a_burst_left_waits_for_the_next_one") {
     Pair p({.delay_ms = 200}, {"-q"});
-    burst(p, 8);
+    burst(p.proxy, 8);
     CHECK(eventually([&] { return parked(p.upstream) >= 12; }));
     sleep(10);
     CHECK_WHY(parked(p.upstream) >= 12, std::to_string(parked(p.upstream)));
