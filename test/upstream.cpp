@@ -500,7 +500,8 @@ void Upstream::Shared::serve(int fd, int number) {
     { std::lock_guard lock(mutex); seen.first_octets.push_back(first); }
     SSL* ssl = make_ssl(o);
     SSL_set_fd(ssl, fd);
-    usleep(1000 * unsigned(o.handshake_ms));
+    // None at all if none is asked for: it would change how the other end acknowledges.
+    if (o.handshake_ms > 0) usleep(1000 * unsigned(o.handshake_ms));
     if (SSL_accept(ssl) == 1) {
         {
             std::lock_guard lock(mutex);
