@@ -139,7 +139,8 @@ struct Source {
     Address client{};                // over TCP
     Permit permit{};                 // to be one of the TCP clients
     std::shared_ptr<int> of_host{};  // its use_count() tells how many of them its host has
-    std::atomic<int> waiting{0};     // threads that wait for a seat, or in it for a query
+    // One use more than threads that wait for a seat, or in it for a query.
+    const std::shared_ptr<int> waiting = std::make_shared<int>();
     std::mutex writing{};            // guards the order of octets in a stream
     sem_t free{};                    // seats: a thread takes one before it takes a query
     const int made = sem_init(&free, 0, tcp ? 1 : seats());
@@ -203,10 +204,10 @@ static void serve(std::shared_ptr<Source> source) {
     Permit seat;
     do {
         Client client(*source);
-        ++source->waiting;
+        auto waits = source->waiting;
         if (!seat) seat = take_slot(source->free, true);
         auto octets = client.take();
-        --source->waiting;
+        waits.reset();
         const bool tcp = source->tcp, may = may_ask(client.address);
         if (!octets) return;
         count(!may ? "denied" : tcp ? "tcp" : "udp");
@@ -227,7 +228,7 @@ static void serve(std::shared_ptr<Source> source) {
         if (permit) count("in_flight_most", settings.queries - free, true);
         if (verdict.rcode == forward && !permit) verdict = {SERVFAIL, "too many queries in flight"};
         const auto leave = [&](int enough) {  // the seat to another thread
-            if (seat && source->waiting < enough) detach(serve, source);
+            if (seat && source->waiting.use_count() <= enough) detach(serve, source);
             seat.reset();
         };
         Outcome outcome = permit ? resolve(query, [&] { leave(tcp ? 1 : seats()); })
@@ -237,7 +238,7 @@ static void serve(std::shared_ptr<Source> source) {
         if (!settings.reuse && !outcome.tries.empty()) leave(1);
         if (tcp && !seat) source.reset();  // its client may go before what follows ends
         restock(std::move(outcome));
-    } while (source && source->waiting < seats());
+    } while (source && source->waiting.use_count() <= seats());
 }
 
 static void serve_tcp(int listener) {
