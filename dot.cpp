@@ -426,8 +426,7 @@ struct Upstream : Peer {
     // Three points and no answer in between: it rests for 1 s, doubling to 5 min.
     void blame(size_t points, const std::string& why) {
         Lock lock(mutex_);
-        points_ += points;
-        if (points_ < 3 || Clock::now() < rest_until_) return;
+        if ((points_ += points) < 3 || Clock::now() < rest_until_) return;
         if (failures == 0) say("UPSTREAM " + why + ": asked last until it answers");
         rest();
     }
@@ -452,7 +451,8 @@ struct Upstream : Peer {
         Lock lock(own.mutex_);
         if (own.tickets_.size() == most_tickets) own.tickets_.pop_front();
         // A copy: the connection keeps its own, and is freed by another thread.
-        own.tickets_.emplace_back(SSL_SESSION_dup(session), SSL_SESSION_free);
+        SSL_SESSION* const copy = SSL_SESSION_dup(session);
+        if (copy) own.tickets_.emplace_back(copy, SSL_SESSION_free);
         return 0;  // nothing of the original is kept
     }
 
@@ -462,7 +462,8 @@ struct Upstream : Peer {
         if (tickets_.empty()) return nullptr;
         Session newest(SSL_SESSION_dup(tickets_.back().get()), SSL_SESSION_free);
         // TLS 1.2 shows its ticket to every observer anyway, and seldom gives a new one.
-        if (SSL_SESSION_get_protocol_version(newest.get()) >= TLS1_3_VERSION) tickets_.pop_back();
+        const int version = SSL_SESSION_get_protocol_version(tickets_.back().get());
+        if (version >= TLS1_3_VERSION) tickets_.pop_back();
         return newest;
     }
 
@@ -483,10 +484,12 @@ struct Upstream : Peer {
         if (connection) parked_.push_back(std::move(connection));
     }
 
-    // Drops those that are dead or too old. Returns how many there are.
-    size_t tend() {
+    // Drops those that are dead or too old. Returns how many there are; nullopt: no more are wanted
+    // until it was asked, or has rested.
+    std::optional<size_t> tend() {
         Lock lock(mutex_);  // so that no query misses the only one while it is looked at
         if (auto oldest = take()) parked_.push_front(std::move(oldest));
+        if (points_ >= useless || Clock::now() < rest_until_) return std::nullopt;
         return parked_.size() + opening_;
     }
 
@@ -545,7 +548,7 @@ struct Connection {
         // it (0), must be a pin (selector 1: a key; type 1: its SHA-256), RFC 8310 6.4.
         for (auto& pin : to.pins)
             for (int usage : {0, 1})
-                done &= SSL_dane_tlsa_add(ssl.get(), usage, 1, 1, pin.data(), pin.size()) > 0;
+                done = done && SSL_dane_tlsa_add(ssl.get(), usage, 1, 1, &pin[0], pin.size()) > 0;
         if (!done) { fail("cannot be dialled: no open files or memory left", 0); return; }
         SSL_set_app_data(ssl.get(), &to);
         // The group that this server chose before goes first, else it asks for a second hello.
@@ -763,8 +766,7 @@ static void ask(const Query& query, const Bytes& message, Outcome& outcome, auto
             tries.push_back(ready ? ready : std::make_shared<Connection>(*next));
             tries.back()->send(query, message);
         }
-        running = 0;
-        for (auto& one : tries) {
+        for (running = 0; auto& one : tries) {
             if (one->advance() && accept(query, *one, outcome))
                 return count("race_won", running > 0);  // an older one still runs
             if (!one->why_.empty()) outcome.detail = one->trouble();
@@ -778,7 +780,9 @@ static void ask(const Query& query, const Bytes& message, Outcome& outcome, auto
     }
     if (tries.empty()) return;  // it waited too long for its slot
     outcome.detail = tries.back()->trouble();
-    tries.back()->upstream.blame(tries.back()->verified ? 1 : useless, outcome.detail);
+    // Nothing is wrong with one that had no time left for its dial.
+    const bool in_vain = !tries.back()->verified && Clock::now() >= tries.back()->patience();
+    tries.back()->upstream.blame(in_vain ? useless : 1, outcome.detail);
 }
 
 Outcome resolve(const Query& query, const std::function<void()>& slow) {
@@ -830,10 +834,10 @@ void tend() {
         const bool warm = Clock::now() < asked.load() + seconds(300);  // then nothing is kept
         size_t wanted = warm_stock, well = 0;
         for (auto& upstream : upstreams) {
-            const size_t have = upstream->tend();
+            const auto have = upstream->tend();
             // The one that is asked, and as many of the one that would be next.
-            if (warm && upstream->failures == 0 && ++well <= 2 && have < wanted) open(*upstream);
-            wanted = std::max(wanted, have);
+            if (warm && have && ++well <= 2 && *have < wanted) open(*upstream);
+            wanted = std::max(wanted, have.value_or(0));
         }
     }
 }

@@ -115,16 +115,18 @@ static sem_t query_slots, client_slots;
 
 // No thread can end the process, even if memory runs out. false: `work` was not done.
 static bool guard(auto work, auto... with) try {
-    work(with...);
+    work(std::move(with)...);
     return true;
 } catch (const std::exception& e) {
     dprintf(STDOUT_FILENO, "FAILURE thread: %s\n", e.what());
     return false;
 }
 
-// Does it in a thread of its own. false: the system has no room for one more.
+// Does it in a thread of its own, where nobody but `work` holds what it is given. false: the system
+// has no room for one more.
 static bool detach(auto work, auto... with) {
-    return guard([=] { std::thread([=] { guard(work, with...); }).detach(); });
+    return guard([=] {
+        std::thread(guard<decltype(work), decltype(with)...>, work, with...).detach(); });
 }
 
 // At a UDP socket. With more of them a fresh connection for each query takes more memory, and with
@@ -155,20 +157,17 @@ struct Client {
         if (source.tcp) return read_frame(source.fd);
         iovec whole{octets, sizeof octets};
         header = {&address, sizeof address, &whole, 1, control, sizeof control, 0};
-        const ssize_t size = recvmsg(source.fd, &header, 0);
-        return Bytes(octets, octets + std::max<ssize_t>(size, 0));
+        return Bytes(octets, octets + std::max<ssize_t>(recvmsg(source.fd, &header, 0), 0));
     }
 
     void answer(const Bytes& message) {
         Bytes framed = source.tcp ? frame(message) : message;
         iovec whole{framed.data(), framed.size()};
         header.msg_iov = &whole;
-        std::unique_lock lock(source.writing, std::defer_lock);
-        if (source.tcp) lock.lock();
+        auto lock = source.tcp ? std::unique_lock(source.writing) : std::unique_lock<std::mutex>();
         // UDP may lose an answer, as when a buffer is full: the client asks again. A TCP client
         // that is gone, or does not read, loses its stream.
-        const int flags = source.tcp ? MSG_NOSIGNAL : MSG_DONTWAIT;
-        const ssize_t sent = sendmsg(source.fd, &header, flags);
+        const ssize_t sent = sendmsg(source.fd, &header, source.tcp ? MSG_NOSIGNAL : MSG_DONTWAIT);
         if (source.tcp && sent != ssize_t(framed.size())) shutdown(source.fd, SHUT_RDWR);
     }
 
@@ -277,7 +276,7 @@ int main(int argc, char** argv) try {
             listeners.emplace_back(open_listener(address, type), type);
     // Root's rights are given up for good, and those that a setuid program could bring.
     const uid_t uid = uid_t(settings.uid), gid = uid_t(settings.gid);
-    if (settings.uid >= 0 && geteuid() != uid &&
+    if (settings.uid != -1 && geteuid() != uid &&
         (setgroups(0, nullptr) || setresgid(gid, gid, gid) || setresuid(uid, uid, uid)))
         throw std::system_error(errno, std::generic_category(), text("cannot become user %u", uid));
     if (settings.uid > 0 && !setuid(0)) throw std::runtime_error("root's rights can be had back");

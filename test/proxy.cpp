@@ -231,6 +231,19 @@ TEST("tcp.clients_that_vanish_leave_nothing_behind") {  // (15, 118)
     p.proxy.stop();
 }
 
+TEST("tcp.a_client_that_is_gone_is_let_go_before_the_next_connection_is_ready") {
+    Pair p;
+    CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
+    CHECK(eventually([&] { return p.upstream.seen().open >= 2; }));
+    p.upstream.set({.handshake_ms = 4000});
+    Client c(SOCK_STREAM, p.proxy.port);
+    c.send(make_query("b.test"));
+    CHECK(c.receive());
+    shutdown(c.fd, SHUT_WR);
+    CHECK(c.closed(2));
+    p.proxy.stop();
+}
+
 TEST("tcp.only_a_whole_query_resets_the_idle_limit") {  // (7, 8): 10 s
     Pair p;
     Client silent(SOCK_STREAM, p.proxy.port), drip(SOCK_STREAM, p.proxy.port);
@@ -886,6 +899,29 @@ TEST("failover.a_bad_certificate_costs_the_next_upstream_no_ready_connection") {
     proxy.stop();
 }
 
+TEST("failover.a_dial_that_had_no_time_is_not_held_against_a_resolver") {
+    Pair p({.delay_ms = 600}, {"-k", "0", "-t", "1400"});
+    CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
+    p.upstream.set({.handshake_ms = 3000});
+    CHECK_EQ(p.proxy.ask(make_query("b.test")).rcode(), 2);
+    p.upstream.set({});
+    CHECK_EQ(p.proxy.ask(make_query("c.test")).rcode(), 0);
+    CHECK(!contains(p.proxy.out(), "UPSTREAM"));
+    p.proxy.stop();
+}
+
+TEST("failover.the_next_upstream_is_kept_warm_again_when_it_is_back") {  // though nobody asks it
+    Certificates certificates;
+    Upstream first(certificates), next(certificates, {.accept = Options::Close});
+    Proxy proxy(certificates, {first.spec(), next.spec()});
+    CHECK_EQ(proxy.ask(make_query("a.test")).rcode(), 0);
+    CHECK(proxy.prints("UPSTREAM"));
+    next.set({});
+    CHECK(eventually([&] { return next.seen().open >= 2; }));
+    CHECK(next.seen().queries.empty());
+    proxy.stop();
+}
+
 TEST("failover.upstream_over_ipv6") {
     Pair p({.address = "::1"});
     CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
@@ -965,7 +1001,7 @@ TEST("ready.while_few_are_left_more_are_opened_though_none_missed") {
     CHECK(eventually([&] { return parked(p.upstream) >= 16; }));
     sleep(1);  // nothing is being opened
     const int before = parked(p.upstream);
-    burst(p.proxy, 10);
+    burst(p.proxy, before - 4);
     CHECK(eventually([&] { return parked(p.upstream) >= before + 3; }));
     p.proxy.stop();
 }
