@@ -38,7 +38,8 @@ public:
         asked_ += queries;
     }
 
-    // What it uses once clients and spare connections are gone: 5 s after the last query.
+    // What it uses once clients and spare connections are gone: those of the first upstream wait 25 s
+    // for another burst, and those of the next one, which has as many, up to 25 s longer.
     Usage when_quiet() {
         Usage u{};
         // A small stock for each upstream may stay.
@@ -46,7 +47,7 @@ public:
             u = usage_of(proxy_->pid());
             return u.threads <= idle_.threads + spare && u.files <= idle_.files + 4;
         };
-        eventually(quiet, 30);
+        eventually(quiet, 75);
         printf("%9d %8d %6d %9ld %9d %9d %9d %7d\n", asked_, u.threads, u.files, u.kilobytes,
                good_.load(), failed_.load(), none_.load(), left_early_.load());
         fflush(stdout);
