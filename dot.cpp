@@ -408,7 +408,6 @@ constexpr Clock::duration longest_idle = seconds(25), shortest_idle = seconds(1)
 struct Upstream : Peer {
     explicit Upstream(const Peer& peer) : Peer(peer) {}
     std::atomic<int> group{0};     // the key exchange it chose last (an OpenSSL NID); 0: unknown
-    std::atomic<int> failures{0};  // and no answer in between
     std::atomic<Clock::duration> quickest{seconds(1)};  // of its answers, of late
     std::atomic<Clock::duration> usual{};               // until it answers; 0: unknown
 
@@ -419,7 +418,7 @@ struct Upstream : Peer {
     bool available(int pass, int wait) {
         Lock lock(mutex_);
         const bool rested = Clock::now() >= (pass < 3 ? rest_until_ : tried_ + milliseconds(wait));
-        if (rested && failures) rest();
+        if (rested && failures_) rest();
         return rested || (pass >= 2 && points_ < useless);
     }
 
@@ -427,14 +426,14 @@ struct Upstream : Peer {
     void blame(size_t points, const std::string& why) {
         Lock lock(mutex_);
         if ((points_ += points) < 3 || Clock::now() < rest_until_) return;
-        if (failures == 0) say("UPSTREAM " + why + ": asked last until it answers");
+        if (failures_ == 0) say("UPSTREAM " + why + ": asked last until it answers");
         rest();
     }
 
     void answered(Clock::duration took) {
         Lock lock(mutex_);
-        if (failures > 0) say("UPSTREAM " + address.str() + " answers again");
-        failures = points_ = 0;
+        if (failures_ > 0) say("UPSTREAM " + address.str() + " answers again");
+        failures_ = points_ = 0;
         rest_until_ = {};
         quickest = std::min(took, quickest.load() * 65 / 64);
         // One slow answer must not spoil the average.
@@ -496,7 +495,7 @@ struct Upstream : Peer {
     void rest() {
         // RFC 9520 3.2: a failure is remembered for a second at least, and 5 min at most.
         tried_ = Clock::now();
-        rest_until_ = tried_ + std::min(seconds(300), seconds(1 << std::min(failures++, 9)));
+        rest_until_ = tried_ + std::min(seconds(300), seconds(1 << std::min(failures_++, 9)));
     }
 
     std::recursive_mutex mutex_;  // guards all below
@@ -505,6 +504,7 @@ struct Upstream : Peer {
     Clock::duration idle_limit_ = longest_idle;  // learnt: how long it leaves a connection open
     size_t points_ = 0, opening_ = 0;
     Time rest_until_{}, tried_{};
+    int failures_ = 0;  // rests, and no answer in between
 };
 
 // ---- TLS ---------------------------------------------------------------------------------------
