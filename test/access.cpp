@@ -104,10 +104,11 @@ static void make_network(const std::vector<std::string>& addresses) {
 }
 
 TEST("access.default_is_loopback_and_private_networks") {
-    make_network({"127.0.0.1", "10.1.2.3", "172.16.0.1", "172.31.255.254", "172.32.0.1", "192.168.7.7",
-                  "169.254.1.1", "198.51.100.7", "11.0.0.1"});
+    make_network({"127.0.0.1", "10.1.2.3", "172.16.0.1", "172.31.255.254", "172.32.0.1",
+                  "192.168.7.7", "169.254.1.1", "198.51.100.7", "11.0.0.1"});
     Setup s({}, {"0.0.0.0"});
-    for (const char* good : {"127.0.0.1", "10.1.2.3", "172.16.0.1", "172.31.255.254", "192.168.7.7", "169.254.1.1"})
+    for (const char* good :
+         {"127.0.0.1", "10.1.2.3", "172.16.0.1", "172.31.255.254", "192.168.7.7", "169.254.1.1"})
         CHECK_WHY(served(s.proxy.port, good, "127.0.0.1"), good);
     for (const char* bad : {"198.51.100.7", "11.0.0.1", "172.32.0.1"})
         CHECK_WHY(refused(s.proxy.port, bad, "127.0.0.1"), bad);
@@ -126,15 +127,18 @@ TEST("rate.udp_gets_tc_and_tcp_refused") {
         const auto octets = client.ask(q);
         CHECK(octets);
         const Answer a(*octets);
-        if (a.count(1)) good[i % 2]++;
-        else over[i % 2]++;
+        if (a.count(1))
+            good[i % 2]++;
+        else
+            over[i % 2]++;
         if (a.count(1)) continue;
         CHECK(a.octets.size() <= q.size());  // nobody gets more than was sent
         CHECK_EQ(a.rcode(), client.tcp ? 5 : 0);
         CHECK_EQ(a.tc(), !client.tcp);
     }
     const int most = 5 + int(5 * since(start)) + 1;
-    for (int i : {0, 1}) CHECK(good[i] >= 5 && good[i] <= most);  // each transport has its own share
+    for (int i : {0, 1})
+        CHECK(good[i] >= 5 && good[i] <= most);  // each transport has its own share
     CHECK(eventually([&] { return s.total("failure:over_the_rate") == over[0] + over[1]; }));
     usleep(1100000);
     CHECK(Answer(*udp.ask(make_query("a.test"))).count(1) == 1);
@@ -163,14 +167,16 @@ TEST("rate.what_is_no_query_gets_no_answer_even_over_the_rate") {
 
 TEST("limits.few_open_files") {  // 64: it refuses, does not die, and recovers
     TempDir dir;
-    std::ofstream(dir.path + "/few") << "#!/bin/sh\nulimit -n 64\nexec " << environment("PROXY") << " \"$@\"\n";
+    std::ofstream(dir.path + "/few")
+        << "#!/bin/sh\nulimit -n 64\nexec " << environment("PROXY") << " \"$@\"\n";
     chmod((dir.path + "/few").c_str(), 0700);
     setenv("PROXY", (dir.path + "/few").c_str(), 1);
     Setup s({"-t", "1000"});
     CHECK_EQ(s.proxy.ask(make_query("a.test")).rcode(), 0);
     std::vector<std::unique_ptr<From>> silent;
     for (int i = 0; i < 100; i++)
-        silent.push_back(std::make_unique<From>(SOCK_STREAM, "127.0.0.1", "127.0.0.1", s.proxy.port));
+        silent.push_back(
+            std::make_unique<From>(SOCK_STREAM, "127.0.0.1", "127.0.0.1", s.proxy.port));
     for (int i = 0; i < 20; i++) CHECK(s.proxy.udp(make_query("a" + std::to_string(i) + ".test")));
     silent.clear();
     CHECK(eventually([&] { return s.proxy.ask(make_query("a.test")).rcode() == 0; }, 30));
@@ -182,8 +188,8 @@ TEST("limits.tcp_clients_beyond_the_limit_wait_and_are_served") {  // 256
     Setup s({});
     std::vector<std::unique_ptr<From>> silent;
     for (int i = 0; i < 256; i++)
-        silent.push_back(std::make_unique<From>(SOCK_STREAM, "127.0.1." + std::to_string(i / 60), "127.0.0.1",
-                                                s.proxy.port));
+        silent.push_back(std::make_unique<From>(SOCK_STREAM, "127.0.1." + std::to_string(i / 60),
+                                                "127.0.0.1", s.proxy.port));
     From late(SOCK_STREAM, "127.0.0.2", "127.0.0.1", s.proxy.port);
     CHECK(!late.ask(make_query("a.test"), 0.5));
     CHECK_EQ(s.proxy.ask(make_query("a.test")).rcode(), 0);  // UDP is not held up
@@ -205,7 +211,9 @@ TEST("limits.tcp_clients_of_one_address") {  // 64; others are served, and the l
     CHECK(eventually([&] { return s.total("denied") == 1; }));
     silent.clear();
     CHECK(eventually([&] {
-        return From(SOCK_STREAM, crowd, "127.0.0.1", s.proxy.port).ask(make_query("a.test")).has_value();
+        return From(SOCK_STREAM, crowd, "127.0.0.1", s.proxy.port)
+            .ask(make_query("a.test"))
+            .has_value();
     }));
     s.proxy.stop();
 }
@@ -238,9 +246,12 @@ TEST("totals.count_what_happens") {
     CHECK_EQ(s.proxy.ask(make_query("a.test", 252)).rcode(), 4);
     CHECK_EQ(s.proxy.ask(make_query("wrongid.test")).rcode(), 2);
     CHECK(s.proxy.prints("no answer to this query"));
-    const struct { const char* name; int number; } rows[] = {
-        {"udp", 4}, {"tcp", 1}, {"success", 3}, {"failure", 2}, {"NOERROR", 3}, {"NOTIMP", 1},
-        {"SERVFAIL", 1}, {"denied", 0}, {"failure:AXFR_and_IXFR_are_not_proxied", 1}};
+    const struct {
+        const char* name;
+        int number;
+    } rows[] = {{"udp", 4},      {"tcp", 1},     {"success", 3},
+                {"failure", 2},  {"NOERROR", 3}, {"NOTIMP", 1},
+                {"SERVFAIL", 1}, {"denied", 0},  {"failure:AXFR_and_IXFR_are_not_proxied", 1}};
     for (auto& row : rows)  // an answer is counted when it has left
         CHECK_WHY(eventually([&] { return s.total(row.name) == row.number; }), row.name);
     CHECK(s.total("dialled") >= 3 && s.total("resumed") >= 1 && s.total("ready") >= 1);
@@ -252,13 +263,15 @@ TEST("limits.hosts_that_are_gone_leave_nothing_behind") {
     Setup s({});
     const auto visit = [&](int from, int to) {
         for (int i = from; i < to; i++)
-            From(SOCK_STREAM, "127.9." + std::to_string(i / 250) + "." + std::to_string(1 + i % 250),
+            From(SOCK_STREAM,
+                 "127.9." + std::to_string(i / 250) + "." + std::to_string(1 + i % 250),
                  "127.0.0.1", s.proxy.port);
         CHECK_EQ(s.proxy.ask(make_query("a.test"), true).rcode(), 0);  // all before are accepted
         return usage_of(s.proxy.pid()).kilobytes;
     };
     const long before = visit(0, 2000), after = visit(2000, memory_counts ? 20000 : 3000);
-    if (memory_counts) CHECK_WHY(after - before < 1500, std::to_string(after - before) + " kB more");
+    if (memory_counts)
+        CHECK_WHY(after - before < 1500, std::to_string(after - before) + " kB more");
     s.proxy.stop();
 }
 

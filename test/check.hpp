@@ -71,12 +71,14 @@ inline int main(int argc, char** argv) {
 
 #define CHECK_JOIN2(a, b) a##b
 #define CHECK_JOIN(a, b) CHECK_JOIN2(a, b)
-#define TEST(name)                                                                              \
-    static void CHECK_JOIN(case_, __LINE__)();                                                  \
-    static const check::Add CHECK_JOIN(add_, __LINE__)(name, CHECK_JOIN(case_, __LINE__));      \
+#define TEST(name)                                                                         \
+    static void CHECK_JOIN(case_, __LINE__)();                                             \
+    static const check::Add CHECK_JOIN(add_, __LINE__)(name, CHECK_JOIN(case_, __LINE__)); \
     static void CHECK_JOIN(case_, __LINE__)()
-#define CHECK(condition) \
-    do { if (!(condition)) check::fail(__FILE__, __LINE__, #condition); } while (0)
+#define CHECK(condition)                                               \
+    do {                                                               \
+        if (!(condition)) check::fail(__FILE__, __LINE__, #condition); \
+    } while (0)
 #define CHECK_EQ(got, want) check::equal((got), (want), __FILE__, __LINE__, #got)
 #define CHECK_WHY(condition, why)                                                                \
     do {                                                                                         \

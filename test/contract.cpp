@@ -77,7 +77,10 @@ TEST("contract.stray_answers_reach_no_other_query") {  // also where connections
     for (const Proxy::Words& more : {Proxy::Words{}, Proxy::Words{"--reuse"}}) {
         Pair p({}, more);
         for (int i = 0; i < 30; i++) {
-            const Octets q = make_query((i % 3 == 0 ? "two-" : i % 3 == 1 ? "stray30-" : "a") + std::to_string(i) + ".test");
+            const Octets q = make_query((i % 3 == 0   ? "two-"
+                                         : i % 3 == 1 ? "stray30-"
+                                                      : "a") +
+                                        std::to_string(i) + ".test");
             const Answer a = p.proxy.ask(q);
             CHECK(a.rcode() == 2 || has_address_of(a, q));  // an answer too many ends a connection
             if (a.rcode() == 0) CHECK(std::equal(q.begin() + 12, q.end(), a.octets.begin() + 12));
@@ -131,9 +134,16 @@ TEST("contract.close_notify_comes_before_the_end") {
 }
 
 TEST("contract.chains_and_pins_of_authorities") {
-    const struct { Cert cert; int pin; bool good; } rows[] = {  // pin 1: the intermediate's, 2: the CA's
-        {Cert::Chained, 0, true}, {Cert::Chained, 1, true}, {Cert::Chained, 2, true},
-        {Cert::NoIntermediate, 0, false}, {Cert::FalseCa, 0, false}};
+    const struct {
+        Cert cert;
+        int pin;
+        bool good;
+    } rows[] = {// pin 1: the intermediate's, 2: the CA's
+                {Cert::Chained, 0, true},
+                {Cert::Chained, 1, true},
+                {Cert::Chained, 2, true},
+                {Cert::NoIntermediate, 0, false},
+                {Cert::FalseCa, 0, false}};
     for (auto& row : rows) {
         Certificates c;
         Upstream upstream(c, {.cert = row.cert});
@@ -151,7 +161,8 @@ TEST("contract.the_oldest_ready_connection_is_taken_first") {
     Pair p({.delay_ms = 40});
     std::vector<std::thread> clients;  // misses at once, so that several wait
     for (int i = 0; i < 4; i++)
-        clients.emplace_back([&, i] { p.proxy.udp(make_query("m" + std::to_string(i) + ".test")); });
+        clients.emplace_back(
+            [&, i] { p.proxy.udp(make_query("m" + std::to_string(i) + ".test")); });
     for (auto& c : clients) c.join();
     CHECK(eventually([&] { return p.upstream.seen().open >= 8; }));  // a miss parks two
     const int waiting = p.upstream.seen().connections;
@@ -163,7 +174,8 @@ TEST("contract.the_oldest_ready_connection_is_taken_first") {
     int newer = 0;  // than those which waited when the first of the six came
     for (size_t i = 0; i < seen.queries.size(); i++)
         newer += get16(seen.queries[i], 0) < 200 && seen.on[i] > waiting;
-    CHECK_WHY(newer <= 1, std::to_string(newer));  // the oldest is out for a moment while it is tended
+    CHECK_WHY(newer <= 1,
+              std::to_string(newer));  // the oldest is out for a moment while it is tended
     p.proxy.stop();
 }
 

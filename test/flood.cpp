@@ -1,7 +1,8 @@
 // flood.cpp - what strangers can do to others by asking too much, or by saying nothing.
 //
-// In a network of its own where that is allowed, else on the host's loopback: the many addresses are
-// those of 127.0.0.0/8, which are there without being asked for. usage: PROXY=... [CROWD=10] flood
+// In a network of its own where that is allowed, else on the host's loopback: the many addresses
+// are those of 127.0.0.0/8, which are there without being asked for. usage: PROXY=... [CROWD=10]
+// flood
 #include <net/if.h>
 #include <sched.h>
 #include <sys/ioctl.h>
@@ -54,12 +55,13 @@ static std::string address(int network, int number) {
 
 // ---- Too many questions ------------------------------------------------------------------------
 
-constexpr double length = 10;        // seconds
+constexpr double length = 10;                       // seconds
 constexpr int want = memory_counts ? 20000 : 2000;  // queries a second; sanitizers are slow
 // What all of them together are allowed, 20 a second each, must be less than the machine can do: a
 // limit for each address is none for their number. More of them, to see that: CROWD=200.
-static const int crowd =
-    getenv("CROWD") ? std::clamp(atoi(getenv("CROWD")), 1, 250) : memory_counts ? 10 : 3;
+static const int crowd = getenv("CROWD") ? std::clamp(atoi(getenv("CROWD")), 1, 250)
+                         : memory_counts ? 10
+                                         : 3;
 
 // Sends until the time is over; how many.
 static long flood(int port) {
@@ -73,7 +75,10 @@ static long flood(int port) {
     long sent = 0;
     const auto start = Clock::now();
     for (double now; (now = since(start)) < length;) {
-        if (sent > now * want) { usleep(500); continue; }
+        if (sent > now * want) {
+            usleep(500);
+            continue;
+        }
         for (int i = 0; i < batch; i++) {
             queries[i] = make_query("f" + std::to_string(sent + i) + ".test", 1, {}, i);
             parts[i] = {queries[i].data(), queries[i].size()};
@@ -87,7 +92,9 @@ static long flood(int port) {
     return sent;
 }
 
-struct Honest { std::atomic<int> asked{0}, good{0}, bad{0}, again{0}, tcp{0}; };
+struct Honest {
+    std::atomic<int> asked{0}, good{0}, bad{0}, again{0}, tcp{0};
+};
 
 // As a stub resolver does: UDP, once more after a second or SERVFAIL, and TCP if it is told TC.
 static void be_honest(int port, int number, Honest& count) {
@@ -121,7 +128,10 @@ TEST("flood.an_honest_client_is_answered_beside_those_that_ask_too_much") {
     CHECK_EQ(proxy.ask(make_query("a.test")).rcode(), 0);
     std::atomic<bool> over{false};
     long sent = 0;
-    std::thread flooder([&] { sent = flood(proxy.port); over = true; });
+    std::thread flooder([&] {
+        sent = flood(proxy.port);
+        over = true;
+    });
     Honest honest;
     std::vector<std::thread> clients;
     Usage peak{};
@@ -129,7 +139,9 @@ TEST("flood.an_honest_client_is_answered_beside_those_that_ask_too_much") {
     for (int i = 0; !over; i++) {
         honest.asked++;
         clients.emplace_back([&, i] {
-            try { be_honest(proxy.port, i, honest); } catch (const std::exception& e) {
+            try {
+                be_honest(proxy.port, i, honest);
+            } catch (const std::exception& e) {
                 printf("honest client: %s\n", e.what());
                 honest.bad++;
             }
@@ -215,8 +227,10 @@ TEST("flood.550_silent_clients_cost_a_query_nothing_and_are_gone_in_time") {
     }
     const double took = since(start);
     patient.join();
-    printf("slowest of ten over UDP: %.1f ms, beside silent clients %.1f ms; %zu gone after %.1f s; "
-           "at most %d threads\n", usual * 1000, beside * 1000, gone, took, most);
+    printf(
+        "slowest of ten over UDP: %.1f ms, beside silent clients %.1f ms; %zu gone after %.1f s; "
+        "at most %d threads\n",
+        usual * 1000, beside * 1000, gone, took, most);
     CHECK_EQ(gone, strangers.size());
     CHECK_WHY(beside < usual + 1, std::to_string(beside));
     CHECK(took > 9 && most <= 256 + 20);

@@ -2,12 +2,11 @@
 //
 // Built once for each target, with -DTARGET=query, answer or options. What must hold is stated at
 // each target; a second reader of messages (Answer of program.hpp) judges what the first one made.
-#include "dot.hpp"
-
 #include <openssl/evp.h>
 
 #include <algorithm>
 
+#include "dot.hpp"
 #include "program.hpp"
 
 using namespace test;
@@ -17,9 +16,8 @@ enum : int { keepalive = 11, padding = 12, error = 15 };
 
 static bool ours(const Option& o) { return o.code == padding || o.code == keepalive; }
 static bool same(const std::vector<Option>& a, const std::vector<Option>& b) {
-    return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](auto& x, auto& y) {
-        return x.code == y.code && x.data == y.data;
-    });
+    return std::equal(a.begin(), a.end(), b.begin(), b.end(),
+                      [](auto& x, auto& y) { return x.code == y.code && x.data == y.data; });
 }
 static int records(const Octets& m) { return get16(m, 6) + get16(m, 8) + get16(m, 10); }
 
@@ -60,9 +58,9 @@ static bool fixed(const Octets& m, const Layout& l) {
 // The proxy's own answers: of the query nothing but its head, and room for an OPT with an EDE.
 static void check_replies(const Query& q) {
     const Layout& l = q.layout;
-    const struct { int rcode, ede; } rows[] = {
-        {FORMERR, -1}, {SERVFAIL, 23}, {NOTIMP, -1}, {REFUSED, -1},
-        {cut_short, -1}};
+    const struct {
+        int rcode, ede;
+    } rows[] = {{FORMERR, -1}, {SERVFAIL, 23}, {NOTIMP, -1}, {REFUSED, -1}, {cut_short, -1}};
     for (auto [rcode, ede] : rows) {
         const Octets r = reply(q, rcode, ede);
         const Layout own = whole(r);

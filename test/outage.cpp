@@ -12,7 +12,9 @@ constexpr int rate = 200;  // queries a second
 class Doomed {
 public:
     explicit Doomed(const Certificates& certificates)
-        : certificates_(certificates), port_(free_port()) { start(); }
+        : certificates_(certificates), port_(free_port()) {
+        start();
+    }
     ~Doomed() { die(); }
     void start() {
         const pid_t parent = getpid();
@@ -29,7 +31,10 @@ public:
         }
     }
     void die() {
-        if (pid_ > 0) { kill(pid_, SIGKILL); waitpid(pid_, nullptr, 0); }
+        if (pid_ > 0) {
+            kill(pid_, SIGKILL);
+            waitpid(pid_, nullptr, 0);
+        }
         pid_ = 0;
     }
     bool listens() const { return Client(SOCK_STREAM, port_).connected; }
@@ -46,9 +51,15 @@ class Reaper {
 public:
     Reaper(std::array<std::unique_ptr<Doomed>, 2>& of, bool in_turn) : of_(of), in_turn_(in_turn) {}
     void step() {
-        if (state_ == Both && since(last_) > 0.5) next(Dead, [&] { of_[turn_]->die(); deaths++; });
-        else if (state_ == Dead && since(last_) > 0.5) next(Starting, [&] { of_[turn_]->start(); });
-        else if (state_ == Starting && of_[turn_]->listens()) next(Both, [&] { turn_ ^= in_turn_; });
+        if (state_ == Both && since(last_) > 0.5)
+            next(Dead, [&] {
+                of_[turn_]->die();
+                deaths++;
+            });
+        else if (state_ == Dead && since(last_) > 0.5)
+            next(Starting, [&] { of_[turn_]->start(); });
+        else if (state_ == Starting && of_[turn_]->listens())
+            next(Both, [&] { turn_ ^= in_turn_; });
     }
     int deaths = 0;
 
@@ -96,7 +107,10 @@ static int run(bool in_turn, int& deaths) {
         if (!client.readable(0.002)) continue;
         const auto m = client.receive();
         const auto one = m ? open.find(get16(*m, 0)) : open.end();
-        if (one == open.end()) { wrong++; continue; }
+        if (one == open.end()) {
+            wrong++;
+            continue;
+        }
         const Answer a(*m);
         answers++;
         failures += a.rcode() != 0;

@@ -70,14 +70,22 @@ public:
         execvp(argv[0], argv.data());
         _exit(127);
     }
-    ~Process() { if (pid_ > 0) { kill(pid_, SIGKILL); wait(); } }
+    ~Process() {
+        if (pid_ > 0) {
+            kill(pid_, SIGKILL);
+            wait();
+        }
+    }
     int wait() {  // the exit status; 1000 + the signal that ended it
         int status = 0;
         if (pid_ <= 0 || waitpid(pid_, &status, 0) != pid_) return status_;
         pid_ = 0;
         return status_ = WIFEXITED(status) ? WEXITSTATUS(status) : 1000 + WTERMSIG(status);
     }
-    int end(int signal = SIGTERM) { if (pid_ > 0) kill(pid_, signal); return wait(); }
+    int end(int signal = SIGTERM) {
+        if (pid_ > 0) kill(pid_, signal);
+        return wait();
+    }
     bool running() { return pid_ > 0 && waitpid(pid_, nullptr, WNOHANG) == 0; }
     pid_t pid() const { return pid_; }
 
@@ -94,15 +102,16 @@ inline int run(const std::string& command, std::string& output) {  // by the she
     return WEXITSTATUS(pclose(pipe));
 }
 
-// A port for UDP and TCP, IPv4 and IPv6, for as long as this program runs. Not one that the system gives
-// out by itself: it could give it to another before it is used. That no other test takes it shows a socket
-// in the abstract name space: only one program can have the name.
+// A port for UDP and TCP, IPv4 and IPv6, for as long as this program runs. Not one that the system
+// gives out by itself: it could give it to another before it is used. That no other test takes it
+// shows a socket in the abstract name space: only one program can have the name.
 inline int free_port() {
     static std::mt19937 random{std::random_device{}()};
     for (int i = 0; i < 200; i++) {
         const int port = 10000 + int(random() % 10000);
         sockaddr_un name{AF_UNIX, {}};
-        const int length = snprintf(name.sun_path + 1, sizeof name.sun_path - 1, "dot-proxy test %d", port);
+        const int length =
+            snprintf(name.sun_path + 1, sizeof name.sun_path - 1, "dot-proxy test %d", port);
         const int mine = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);  // stays open
         const auto named = socklen_t(offsetof(sockaddr_un, sun_path) + 1 + size_t(length));
         bool good = bind(mine, (sockaddr*)&name, named) == 0;
@@ -222,8 +231,8 @@ inline bool has_address_of(const Answer& a, const Octets& query) {
     return memcmp(want, a.address, 4) == 0;
 }
 
-// Whether -vv's text for a message has a line for each of these fields (where they begin), in order, with
-// all of its octets, and nothing that a terminal would obey.
+// Whether -vv's text for a message has a line for each of these fields (where they begin), in
+// order, with all of its octets, and nothing that a terminal would obey.
 template <class Fields>
 std::string fault_of(const std::string& text, const Octets& m, const Fields& fields) {
     std::stringstream lines(text);
@@ -234,7 +243,8 @@ std::string fault_of(const std::string& text, const Octets& m, const Fields& fie
         if (c != '\n' && (c < ' ' || c > '~')) return "has the octet " + std::to_string(c);
     for (size_t i = 0; i < fields.size() && fields[i].first < m.size(); i++) {
         const size_t at = fields[i].first;
-        const size_t to = i + 1 < fields.size() ? std::min(fields[i + 1].first, m.size()) : m.size();
+        const size_t to =
+            i + 1 < fields.size() ? std::min(fields[i + 1].first, m.size()) : m.size();
         if (to < at) return "a field ends before it begins";
         std::string hex, first;
         char two[4];
@@ -243,7 +253,8 @@ std::string fault_of(const std::string& text, const Octets& m, const Fields& fie
             hex += two;
             if (o == at) first = two;
         }
-        const bool same = std::all_of(m.begin() + at, m.begin() + to, [&](uint8_t c) { return c == m[at]; });
+        const bool same =
+            std::all_of(m.begin() + at, m.begin() + to, [&](uint8_t c) { return c == m[at]; });
         if (to - at > 16 && same) hex = first + " * " + std::to_string(to - at);
         if (!std::getline(lines, line)) return "ends early";
         if (line.size() < hex.size() || line.substr(line.size() - hex.size()) != hex)
@@ -333,7 +344,10 @@ public:
                 command.push_back("-l");
                 command.push_back(one + "@" + std::to_string(port));
             }
-            for (auto& one : upstreams) { command.push_back("-u"); command.push_back(one); }
+            for (auto& one : upstreams) {
+                command.push_back("-u");
+                command.push_back(one);
+            }
             command.push_back("-c");
             command.push_back(certificates.ca());
             command.insert(command.end(), more.begin(), more.end());

@@ -94,9 +94,10 @@ TEST("transport.names_case_and_ids_come_back_as_sent") {  // (20, 94)
 
 TEST("framing.length_over_127") {  // (21): a length octet that is taken for signed breaks at 128
     Pair p;
-    for (int size : {126, 127, 128, 129, 255, 256, 257, 16383, 16384, 16385, 32767, 32768, 65534,
-                     65535}) {
-        const auto a = p.proxy.tcp(make_query("size" + std::to_string(size) + ".test", 1, {}, size));
+    for (int size :
+         {126, 127, 128, 129, 255, 256, 257, 16383, 16384, 16385, 32767, 32768, 65534, 65535}) {
+        const auto a =
+            p.proxy.tcp(make_query("size" + std::to_string(size) + ".test", 1, {}, size));
         CHECK(a);
         CHECK_EQ(a->size(), size_t(size));
         CHECK(*a == p.upstream.seen().answer(size));  // its octets count up and differ everywhere
@@ -313,13 +314,20 @@ TEST("judge.what_is_no_query_is_met_with_silence") {  // (110, 111)
 TEST("judge.what_is_answered_here_never_reaches_the_resolver") {  // (41, 44, 47, 53, 55, 105, 107)
     Pair p;
     const Octets one = make_query("a.test"), two_options = make_query("a.test", 1, Edns{});
-    auto with = [](Octets m, size_t at, int octet) { m[at] = uint8_t(octet); return m; };
+    auto with = [](Octets m, size_t at, int octet) {
+        m[at] = uint8_t(octet);
+        return m;
+    };
     auto more = [](Octets m, const Octets& tail, size_t count_at) {
         append(m, tail);
         m[count_at]++;
         return m;
     };
-    const struct { const char* what; Octets query; int rcode; } rows[] = {
+    const struct {
+        const char* what;
+        Octets query;
+        int rcode;
+    } rows[] = {
         {"two questions", more(one, {1, 'b', 0, 0, 1, 0, 1}, 5), 1},
         {"two OPTs", more(two_options, opt_record({}), 11), 1},
         {"an option past its OPT", make_query("a.test", 1, Edns{1232, false, {0, 3, 0, 9, 1}}), 1},
@@ -491,7 +499,12 @@ TEST("edns.flags_and_errors_of_the_resolver_pass") {  // (51, 58)
 
 TEST("truncation.answer_fits_what_the_client_takes") {  // (22, 24, 25, 26)
     Pair p;
-    const struct { const char* name; int size; bool tc; size_t limit; } rows[] = {
+    const struct {
+        const char* name;
+        int size;
+        bool tc;
+        size_t limit;
+    } rows[] = {
         {"txt450.test", -1, false, 512},
         {"txt600.test", -1, true, 512},
         {"txt450.test", 0, false, 512},
@@ -567,7 +580,9 @@ TEST("tls.a_resolver_without_tls_is_refused") {
     refused({.accept = Options::Plaintext}, "TLS failed");
 }
 TEST("tls.reset_in_the_handshake") { refused({.accept = Options::Reset}, "reset"); }
-TEST("tls.close_in_the_handshake") { refused({.accept = Options::Close}, "TLS failed: unexpected eof"); }
+TEST("tls.close_in_the_handshake") {
+    refused({.accept = Options::Close}, "TLS failed: unexpected eof");
+}
 TEST("tls.handshake_that_never_ends") {
     refused({.accept = Options::Hang}, "no TLS connection in time");
 }
@@ -595,7 +610,11 @@ TEST("tls.pins") {  // (79, 80): name and pin must both hold
     Certificates certificates;
     const std::string right = ",pin-sha256=" + certificates.pin(Cert::Good),
                       wrong = ",pin-sha256=" + certificates.pin(Cert::Backup);
-    const struct { Cert cert; std::string pins; bool good; } rows[] = {
+    const struct {
+        Cert cert;
+        std::string pins;
+        bool good;
+    } rows[] = {
         {Cert::Good, right, true},
         {Cert::Good, wrong + right, true},
         {Cert::Good, right + wrong, true},
@@ -709,7 +728,7 @@ TEST("tls.alpn_is_not_asked_of_the_resolver") {  // (72)
     p.proxy.stop();
 }
 
-TEST("tls.a_second_hello_happens_once") {  // (86): the group is remembered
+TEST("tls.a_second_hello_happens_once") {                      // (86): the group is remembered
     Pair p({.groups = "P-384", .delay_ms = 60}, {"-k", "0"});  // slow enough to be raced by none
     for (int i = 0; i < 5; i++) CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
     // A second hello is seen as another hello of the same handshake.
@@ -747,11 +766,20 @@ TEST("match.what_is_no_answer_to_the_query_is_not_relayed") {  // (92, 93, 95, 1
 
 TEST("faults.each_ends_in_servfail_in_time_and_the_next_query_is_answered") {  // (97, 98)
     Pair p({}, {"-t", "1500"});
-    const struct { const char *name, *words; } rows[] = {
-        {"close", "closed the connection"}, {"reset", "reset"}, {"cut", "TLS failed"},
-        {"cutclean", "closed the connection"}, {"halflength", "TLS failed"}, {"silent", "in time"},
-        {"drip", "in time"}, {"garbage", "in time"}, {"zero", "no answer to this query"},
-        {"five", "no answer to this query"}, {"long", "in time"},
+    const struct {
+        const char *name, *words;
+    } rows[] = {
+        {"close", "closed the connection"},
+        {"reset", "reset"},
+        {"cut", "TLS failed"},
+        {"cutclean", "closed the connection"},
+        {"halflength", "TLS failed"},
+        {"silent", "in time"},
+        {"drip", "in time"},
+        {"garbage", "in time"},
+        {"zero", "no answer to this query"},
+        {"five", "no answer to this query"},
+        {"long", "in time"},
     };
     for (auto& row : rows) {
         const auto start = Clock::now();
@@ -969,7 +997,8 @@ TEST("ready.a_query_takes_a_connection_that_waits_for_it") {
     CHECK(eventually([&] {  // each query had a connection of its own, and the others wait
         const Seen seen = p.upstream.seen();
         const int unused = seen.handshakes - int(seen.queries.size()) - seen.open;
-        return unused >= 0 && unused <= 2 && seen.open >= 2;  // of a race that is over, on a slow machine
+        return unused >= 0 && unused <= 2 &&
+               seen.open >= 2;  // of a race that is over, on a slow machine
     }));
     p.proxy.stop();
 }
@@ -1231,7 +1260,8 @@ TEST("process.sigint_and_totals") {
 TEST("process.a_log_that_nobody_reads_is_survived") {
     TempDir dir;
     const std::string script = dir.path + "/unread";
-    std::ofstream(script) << "#!/bin/bash\nexec " << environment("PROXY") << " \"$@\" > >(exec true)\n";
+    std::ofstream(script) << "#!/bin/bash\nexec " << environment("PROXY")
+                          << " \"$@\" > >(exec true)\n";
     chmod(script.c_str(), 0700);
     setenv("PROXY", script.c_str(), 1);
     Pair p;
@@ -1303,15 +1333,42 @@ static int program(const std::string& arguments, std::string& output) {
 }
 
 TEST("options.bad_ones_end_with_exit_2_and_one_clear_line") {  // (67, 76, 79, 120)
-    const char* rows[] = {
-        "--nonsense", "-x", "extra", "-l", "-l localhost", "-l 127.0.0.1@0", "-l 127.0.0.1@65536",
-        "-l 127.0.0.1@53x", "-u nobody", "-u 192.0.2.1", "-u 192.0.2.1#",
-        "-u 192.0.2.1@53#dot.test", "-u 192.0.2.1#192.0.2.1",
-        "-u 192.0.2.1#dot.test,pin-sha256=short", "-u 192.0.2.1#dot.test,pin=x",
-        "-u cloudflare -u nobody", "-u '192.0.2.1#dot test'", "-c /nonexistent/ca.pem",
-        "-c /dev/null", "-n 0", "-n 1x", "-n -1", "-n ''", "-t 0", "-t 99999999999999999999",
-        "-m 511", "-m 65536", "-k 9999", "--rate -1", "--rate x", "-a 10.0.0.0/33", "-a ::1/129",
-        "-a 10.0.0/8", "-d 10.0.0.0/", "-U no-such-user", "-U -1"};
+    const char* rows[] = {"--nonsense",
+                          "-x",
+                          "extra",
+                          "-l",
+                          "-l localhost",
+                          "-l 127.0.0.1@0",
+                          "-l 127.0.0.1@65536",
+                          "-l 127.0.0.1@53x",
+                          "-u nobody",
+                          "-u 192.0.2.1",
+                          "-u 192.0.2.1#",
+                          "-u 192.0.2.1@53#dot.test",
+                          "-u 192.0.2.1#192.0.2.1",
+                          "-u 192.0.2.1#dot.test,pin-sha256=short",
+                          "-u 192.0.2.1#dot.test,pin=x",
+                          "-u cloudflare -u nobody",
+                          "-u '192.0.2.1#dot test'",
+                          "-c /nonexistent/ca.pem",
+                          "-c /dev/null",
+                          "-n 0",
+                          "-n 1x",
+                          "-n -1",
+                          "-n ''",
+                          "-t 0",
+                          "-t 99999999999999999999",
+                          "-m 511",
+                          "-m 65536",
+                          "-k 9999",
+                          "--rate -1",
+                          "--rate x",
+                          "-a 10.0.0.0/33",
+                          "-a ::1/129",
+                          "-a 10.0.0/8",
+                          "-d 10.0.0.0/",
+                          "-U no-such-user",
+                          "-U -1"};
     for (const char* row : rows) {
         std::string out;
         CHECK_WHY(program(row, out) == 2, std::string(row) + ": " + out);

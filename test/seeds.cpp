@@ -17,14 +17,16 @@ static std::vector<Octets> queries() {
     std::vector<Octets> all;
     const Octets options{0, 12, 0, 3, 0, 0, 0, 0, 11, 0, 0, 0, 10, 0, 8, 1, 2, 3, 4, 5, 6, 7, 8};
     for (const char* key :
-         {"a", "ede", "keepalive", "badvers", "badcookie", "always", "noopt", "unknown", "pointers",
-          "chain", "txt40", "txt700", "tsig", "tsig400", "size600", "tc", "ad", "folded",
-          "formerr", "servfail", "wrongid", "wrongname", "short", "headeronly", "query"})
+         {"a",         "ede",      "keepalive",  "badvers", "badcookie", "always",   "noopt",
+          "unknown",   "pointers", "chain",      "txt40",   "txt700",    "tsig",     "tsig400",
+          "size600",   "tc",       "ad",         "folded",  "formerr",   "servfail", "wrongid",
+          "wrongname", "short",    "headeronly", "query"})
         for (int variant = 0; variant < 3; variant++) {
             std::optional<Edns> edns;
             if (variant == 1) edns = Edns{};
             if (variant == 2) edns = Edns{512, true, options};
-            all.push_back(make_query(std::string(key) + ".TeSt", 1, edns, 0x4000 + int(all.size())));
+            all.push_back(
+                make_query(std::string(key) + ".TeSt", 1, edns, 0x4000 + int(all.size())));
         }
     for (int flags : {0x2100, 0x2900, 0x3100, 0x0130}) {  // NOTIFY, UPDATE, DSO; AD and CD
         Octets q = make_query("a.test", 6, Edns{}, 1, flags);
@@ -41,7 +43,8 @@ static std::vector<Octets> queries() {
     return all;
 }
 
-static void save_pair(const std::string& dir, int flags, const Octets& query, const Octets& answer) {
+static void save_pair(const std::string& dir, int flags, const Octets& query,
+                      const Octets& answer) {
     Octets in{uint8_t(flags)};
     append16(in, int(query.size()));
     append(in, query);

@@ -13,17 +13,17 @@
 using namespace test;
 
 // How the upstream maltreats a query in twenty; the client must see SERVFAIL, or no more.
-static const char* const faults[] = {"close", "reset", "cut", "cutclean", "halflength", "drip",
-                                     "garbage", "zero", "five", "long", "wrongid", "wrongname",
-                                     "short", "query", "silent"};
+static const char* const faults[] = {"close",   "reset",     "cut",   "cutclean", "halflength",
+                                     "drip",    "garbage",   "zero",  "five",     "long",
+                                     "wrongid", "wrongname", "short", "query",    "silent"};
 
 class Soak {
 public:
     Soak() {
         for (auto& upstream : upstreams_) upstream = std::make_unique<Upstream>(certificates_);
-        proxy_ = std::make_unique<Proxy>(
-            certificates_, std::vector{upstreams_[0]->spec(), upstreams_[1]->spec()},
-            Proxy::Words{"-q", "-t", memory_counts ? "500" : "4000"});
+        proxy_ = std::make_unique<Proxy>(certificates_,
+                                         std::vector{upstreams_[0]->spec(), upstreams_[1]->spec()},
+                                         Proxy::Words{"-q", "-t", memory_counts ? "500" : "4000"});
         idle_ = usage_of(proxy_->pid());
     }
 
@@ -31,15 +31,14 @@ public:
     void ask(int queries) {
         left_ = queries;
         std::vector<std::thread> clients;
-        for (int i = 0; i < 12; i++)
-            clients.emplace_back([this, i] { be_client(unsigned(i)); });
+        for (int i = 0; i < 12; i++) clients.emplace_back([this, i] { be_client(unsigned(i)); });
         clients.emplace_back([this] { be_pests(); });
         for (auto& one : clients) one.join();
         asked_ += queries;
     }
 
-    // What it uses once clients and spare connections are gone: those of the first upstream wait 25 s
-    // for another burst, and those of the next one, which has as many, up to 25 s longer.
+    // What it uses once clients and spare connections are gone: those of the first upstream wait 25
+    // s for another burst, and those of the next one, which has as many, up to 25 s longer.
     Usage when_quiet() {
         Usage u{};
         // A small stock for each upstream may stay.
@@ -63,9 +62,9 @@ public:
 
     void finish() {
         CHECK_EQ(wrong_.load(), 0);
-        CHECK_WHY(failed_ + none_ < good_ / 10,
-                  std::to_string(failed_) + " failed, " + std::to_string(none_) + " lost\n" +
-                      proxy_->out());
+        CHECK_WHY(failed_ + none_ < good_ / 10, std::to_string(failed_) + " failed, " +
+                                                    std::to_string(none_) + " lost\n" +
+                                                    proxy_->out());
         for (bool tcp : {false, true})  // a second is over, in which it would remember failures
             CHECK(has_address_of(proxy_->ask(make_query("end.test"), tcp), make_query("end.test")));
         proxy_->stop();
@@ -82,7 +81,10 @@ private:
     }
 
     void judge(const Octets& query, bool fault, const std::optional<Octets>& answer) {
-        if (!answer) { none_ += !fault; return; }
+        if (!answer) {
+            none_ += !fault;
+            return;
+        }
         const Answer a(*answer);
         if (a.id() != get16(query, 0) || (a.rcode() == 0 && (fault || !has_address_of(a, query)))) {
             fprintf(stderr, "wrong: %s, rcode %d, fault %d\n", &query[13], a.rcode(), fault);
@@ -105,8 +107,9 @@ private:
             for (int i = 0, n = tcp ? 1 + int(random() % 10) : 1; i < n && left_-- > 0; i++) {
                 bool fault;
                 const std::string asked = name(random, fault);
-                open[i] = {make_query(asked, 1, random() % 2 ? std::optional(Edns{})
-                                                              : std::nullopt, i), fault};
+                open[i] = {
+                    make_query(asked, 1, random() % 2 ? std::optional(Edns{}) : std::nullopt, i),
+                    fault};
                 client.send(open[i].first);
             }
             if (!patient) {  // goes away: politely, or with a reset
@@ -133,21 +136,27 @@ private:
 
     // Those that say nothing, say it an octet at a time, or ask and never read.
     void be_pests() {
-        struct Pest { std::unique_ptr<Client> client; int kind; size_t sent; };
+        struct Pest {
+            std::unique_ptr<Client> client;
+            int kind;
+            size_t sent;
+        };
         std::vector<Pest> pests;
         const Octets query = make_query("size16000.test");
         Octets framed{0, uint8_t(query.size())};
         append(framed, query);
         for (int round = 0; left_ > 0; round++) {
             if (pests.size() < 30)
-                pests.push_back({std::make_unique<Client>(SOCK_STREAM, proxy_->port), round % 3, 0});
+                pests.push_back(
+                    {std::make_unique<Client>(SOCK_STREAM, proxy_->port), round % 3, 0});
             for (Pest& p : pests) {
                 uint8_t more = 0;
                 if (p.kind == 1 && p.sent < framed.size() - 1 && round % 20 == 0)
                     ::send(p.client->fd, &framed[p.sent++], 1, MSG_NOSIGNAL);
                 if (p.kind == 2 && p.sent < 20 * framed.size())
-                    p.sent += size_t(std::max<ssize_t>(0, ::send(
-                        p.client->fd, framed.data(), framed.size(), MSG_NOSIGNAL | MSG_DONTWAIT)));
+                    p.sent += size_t(
+                        std::max<ssize_t>(0, ::send(p.client->fd, framed.data(), framed.size(),
+                                                    MSG_NOSIGNAL | MSG_DONTWAIT)));
                 if (p.kind < 2 && recv(p.client->fd, &more, 1, MSG_DONTWAIT) == 0) p.sent = 999;
             }
             std::erase_if(pests, [&](const Pest& p) {

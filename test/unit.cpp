@@ -1,18 +1,21 @@
 // unit.cpp - the pure functions of dot.hpp: tables of input and expectation, and round trips.
-#include "dot.hpp"
-
 #include <functional>
 #include <random>
 
+#include "dot.hpp"
 #include "program.hpp"
 
 using namespace test;
 
-static Query query_of(const Octets& octets, bool tcp = false) {
-    return {octets, tcp};
+static Query query_of(const Octets& octets, bool tcp = false) { return {octets, tcp}; }
+static Octets with(Octets m, size_t at, int octet) {
+    m[at] = uint8_t(octet);
+    return m;
 }
-static Octets with(Octets m, size_t at, int octet) { m[at] = uint8_t(octet); return m; }
-static Octets plus(Octets m, const Octets& more) { append(m, more); return m; }
+static Octets plus(Octets m, const Octets& more) {
+    append(m, more);
+    return m;
+}
 // `m` with a record behind it, counted in the section whose count's low octet is at `count_at`.
 static Octets with_record(Octets m, const Octets& owner, int type, const Octets& data,
                           size_t count_at = 11) {
@@ -26,7 +29,11 @@ static Octets with_record(Octets m, const Octets& owner, int type, const Octets&
 }
 static const Octets root{0}, pointer{0xc0, 12};
 static const Octets plain = make_query("a.test"), edns = make_query("a.test", 1, Edns{});
-static Octets answer_to(Octets m) { m[2] |= 0x80; m[3] |= 0x80; return m; }
+static Octets answer_to(Octets m) {
+    m[2] |= 0x80;
+    m[3] |= 0x80;
+    return m;
+}
 
 TEST("parse.finds_the_parts_of_a_message") {
     const auto l = parse(make_query("a.test", 1, Edns{1400, true, {0, 3, 0, 0}}));
@@ -42,7 +49,11 @@ TEST("parse.faults") {
     const std::string l63(63, 'x');
     const std::string n255 = l63 + "." + l63 + "." + l63 + "." + std::string(61, 'y'),
                       n256 = n255 + "y";
-    const struct { const char* what; Octets m; bool good; } rows[] = {
+    const struct {
+        const char* what;
+        Octets m;
+        bool good;
+    } rows[] = {
         {"a label of 63 octets", make_query(l63 + ".test"), true},
         {"a label of 64", with(plain, 12, 64), false},
         {"a label of 191", with(plain, 12, 191), false},
@@ -80,12 +91,15 @@ TEST("parse.signed_only_if_the_signature_is_last") {
 }
 
 TEST("judge.verdicts") {
-    const struct { const char* what; Octets m; int rcode; } rows[] = {
+    const struct {
+        const char* what;
+        Octets m;
+        int rcode;
+    } rows[] = {
         {"a query", plain, ::forward},
         {"an answer: replying would be a loop", answer_to(plain), silence},
         {"11 octets", Octets(11, 0), silence},
-        {"DSO, even malformed", with(Octets(plain.begin(), plain.end() - 3), 2, 6 << 3),
-         NOTIMP},
+        {"DSO, even malformed", with(Octets(plain.begin(), plain.end() - 3), 2, 6 << 3), NOTIMP},
         {"AXFR", make_query("a.test", 252), NOTIMP},
         {"IXFR", make_query("a.test", 251), NOTIMP},
         {"a NOTIFY about type 252 is not a transfer", make_query("a.test", 252, {}, 1, 4 << 11),
@@ -123,14 +137,17 @@ TEST("pad.every_size_to_a_multiple_of_128") {
 }
 
 TEST("pad.what_travels_unchanged") {
-    const struct { const char* what; Octets m; } rows[] = {
+    const struct {
+        const char* what;
+        Octets m;
+    } rows[] = {
         {"TSIG", with_record(edns, root, 250, Octets(16, 0))},
         {"SIG(0)", with_record(plain, root, 24, Octets(18, 0))},
         {"octets behind the last record", plus(plain, {1, 2})},
         {"a pointer behind the OPT to what would move",
          with_record(with_record(edns, {1, 'z', 0}, 1, {}), {0xc0, 35}, 1, {})},
-        {"no room", make_query("a.test", 1, Edns{1232, false, plus({0, 9, 0xff, 0x60},
-                                                                   Octets(0xff60, 0))})},
+        {"no room",
+         make_query("a.test", 1, Edns{1232, false, plus({0, 9, 0xff, 0x60}, Octets(0xff60, 0))})},
     };
     for (auto& row : rows) CHECK_WHY(pad(query_of(row.m)) == row.m, row.what);
     const Octets first = with_record(edns, pointer, 1, {1, 2, 3, 4});  // this pointer stays right
@@ -153,7 +170,11 @@ TEST("pad.own_padding_is_replaced") {
 
 TEST("match.table") {
     const Octets a = answer_to(plain), big = make_query("A.TEST");
-    const struct { const char* what; Octets q, a; bool good; } rows[] = {
+    const struct {
+        const char* what;
+        Octets q, a;
+        bool good;
+    } rows[] = {
         {"its answer", plain, a, true},
         {"another id", plain, with(a, 1, 0x35), false},
         {"not an answer", plain, plain, false},
@@ -231,9 +252,12 @@ TEST("cut.keeps_header_question_and_opt") {
 }
 
 TEST("cut.what_a_client_can_take") {
-    const struct { std::optional<Edns> edns; size_t most, limit; } rows[] = {
-        {{}, 1232, 512}, {Edns{0}, 1232, 512}, {Edns{511}, 1232, 512}, {Edns{513}, 1232, 513},
-        {Edns{1400}, 1232, 1232}, {Edns{65535}, 4096, 4096}, {Edns{700}, 512, 512}};
+    const struct {
+        std::optional<Edns> edns;
+        size_t most, limit;
+    } rows[] = {{{}, 1232, 512},        {Edns{0}, 1232, 512},     {Edns{511}, 1232, 512},
+                {Edns{513}, 1232, 513}, {Edns{1400}, 1232, 1232}, {Edns{65535}, 4096, 4096},
+                {Edns{700}, 512, 512}};
     for (auto& row : rows)
         for (bool tcp : {false, true}) {
             const Octets q = make_query("a.test", 1, row.edns);
@@ -298,32 +322,36 @@ TEST("annotate.what_the_fields_say") {
         const std::string text = annotate(m);
         CHECK_WHY(text.find("\n        " + line) != text.npos, line + " is not in" + text);
     };
-    Octets m = answer_to(make_query("www.a.test", 28, Edns{4096, true, {0, 12, 0, 2, 0, 0}}, 0x1234, 0x8730));
+    Octets m = answer_to(
+        make_query("www.a.test", 28, Edns{4096, true, {0, 12, 0, 2, 0, 0}}, 0x1234, 0x8730));
     m = Octets(m.begin(), m.end() - 17);  // its OPT comes last
     m[11] = 1;
     const Octets six(16, 0x20), name{3, 'n', 's', '1', 0xc0, 16};
-    m = with_record(with_record(with_record(m, pointer, 28, six, 7), pointer, 1, {192, 0, 2, 1}, 7), root, 2, name, 9);
+    m = with_record(with_record(with_record(m, pointer, 28, six, 7), pointer, 1, {192, 0, 2, 1}, 7),
+                    root, 2, name, 9);
     m = with_record(m, root, 16, {4, 'a', 27, '\n', 'b'}, 7);
-    m = plus(m, opt_record(Edns{4096, true, {0, 12, 0, 20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}}));
-    for (auto line : {"id           4660                         12 34\n",
-                      "flags        opcode 0, QR AA TC RD RA AD CD NOERROR 87 b0\n",
-                      "questions    1                            00 01\n",
-                      "answers      3                            00 03\n",
-                      "authorities  1                            00 01\n",
-                      "name         www.a.test                   03 77 77 77 01 61 04 74 65 73 74 00\n",
-                      "type         AAAA                         00 1c\n",
-                      "class        1                            00 01\n",
-                      "name         www.a.test                   c0 0c\n",
-                      "size         16                           00 10\n",
-                      "data         192.0.2.1                    c0 00 02 01\n",
-                      "data         ns1.a.test                   03 6e 73 31 c0 10\n",
-                      "data         .a..b                        04 61 1b 0a 62\n",
-                      "type         OPT                          00 29\n",
-                      "UDP size     4096                         10 00\n",
-                      "TTL          version 0 DO                 00 00 80 00\n",
-                      "option       12                           00 0c\n",
-                      "size         20                           00 14\n",
-                      "data          00 * 20                     00 * 20"})
+    m = plus(m, opt_record(Edns{4096, true, {0, 12, 0, 20, 0, 0, 0, 0, 0, 0, 0, 0,
+                                             0, 0,  0, 0,  0, 0, 0, 0, 0, 0, 0, 0}}));
+    for (auto line :
+         {"id           4660                         12 34\n",
+          "flags        opcode 0, QR AA TC RD RA AD CD NOERROR 87 b0\n",
+          "questions    1                            00 01\n",
+          "answers      3                            00 03\n",
+          "authorities  1                            00 01\n",
+          "name         www.a.test                   03 77 77 77 01 61 04 74 65 73 74 00\n",
+          "type         AAAA                         00 1c\n",
+          "class        1                            00 01\n",
+          "name         www.a.test                   c0 0c\n",
+          "size         16                           00 10\n",
+          "data         192.0.2.1                    c0 00 02 01\n",
+          "data         ns1.a.test                   03 6e 73 31 c0 10\n",
+          "data         .a..b                        04 61 1b 0a 62\n",
+          "type         OPT                          00 29\n",
+          "UDP size     4096                         10 00\n",
+          "TTL          version 0 DO                 00 00 80 00\n",
+          "option       12                           00 0c\n",
+          "size         20                           00 14\n",
+          "data          00 * 20                     00 * 20"})
         says(m, line);
     says(m, "data         2020:2020:2020:2020:2020:2020:2020:2020 20 20");
     says(Octets{1, 2, 3}, "flags        opcode 0, NXDOMAIN           03");
@@ -365,7 +393,11 @@ TEST("frame.length_first") {
 }
 
 static bool throws(const std::function<void()>& f) {
-    try { f(); } catch (const BadOption&) { return true; }
+    try {
+        f();
+    } catch (const BadOption&) {
+        return true;
+    }
     return false;
 }
 
@@ -389,8 +421,8 @@ TEST("upstream.parsed_in_full") {
              "8.8.4.4@853dns.google");
     CHECK_EQ(parse_upstream("quad9")[0].name, "dns.quad9.net");
     const std::string pin = "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=";
-    const auto u = parse_upstream("2001:db8::1@8853#dot.test,pin-sha256=" + pin +
-                                       ",pin-sha256=/" + pin.substr(1));
+    const auto u = parse_upstream("2001:db8::1@8853#dot.test,pin-sha256=" + pin + ",pin-sha256=/" +
+                                  pin.substr(1));
     CHECK(u.size() == 1 && u[0].pins.size() == 2 && u[0].pins[0][0] == 0 &&
           u[0].pins[1][0] == 0xfc);
     for (const std::string bad :

@@ -42,7 +42,7 @@ static const struct {
     long from, until;             // days from now
     int issuer;
     const char* usage = "serverAuth";
-    bool chain = false;           // the issuer's certificate is sent too
+    bool chain = false;  // the issuer's certificate is sent too
 } leaves[] = {
     {Cert::Good, "good", "dot.test", "DNS:dot.test", -1, 30, TheCa},
     {Cert::WrongName, "wrong", "dot.test", "DNS:other.test", -1, 30, TheCa},
@@ -115,8 +115,10 @@ Certificates::Certificates() {
         if (l.san) extend(cert, issuer ? issuer : cert, NID_subject_alt_name, l.san);
         extend(cert, issuer ? issuer : cert, NID_ext_key_usage, l.usage);
         X509_sign(cert, issuer ? keys[l.issuer] : key, EVP_sha256());
-        if (l.chain) save(leaf(l.kind), {cert, issuer}, nullptr);
-        else save(leaf(l.kind), {cert}, nullptr);
+        if (l.chain)
+            save(leaf(l.kind), {cert, issuer}, nullptr);
+        else
+            save(leaf(l.kind), {cert}, nullptr);
         save(this->key(l.kind), {}, key);
         X509_free(cert);
         EVP_PKEY_free(key);
@@ -148,7 +150,10 @@ std::string Certificates::pin(const std::string& file) {
 // ---- Answers -----------------------------------------------------------------------------------
 
 static int u16(const Octets& m, size_t at) { return m[at] << 8 | m[at + 1]; }
-static void put16(Octets& m, int v) { m.push_back(uint8_t(v >> 8)); m.push_back(uint8_t(v)); }
+static void put16(Octets& m, int v) {
+    m.push_back(uint8_t(v >> 8));
+    m.push_back(uint8_t(v));
+}
 
 struct Question {
     std::string label;  // the first, in lower case
@@ -270,9 +275,20 @@ static Octets answer(const Octets& q, const Question& question, const std::strin
     if (key == "wrongtype") a[question.end - 3] ^= 0x20;
     if (key == "wrongclass") a[question.end - 1] = 3;
     if (key == "query") a[2] &= 0x7f;
-    if (key == "headeronly") { a.resize(12); std::fill(a.begin() + 4, a.end(), 0); }
-    if (key == "refused") { a.resize(12); std::fill(a.begin() + 4, a.end(), 0); a[3] = 5; }
-    if (key == "formerr") { a.resize(12); std::fill(a.begin() + 4, a.end(), 0); a[3] = 1; }
+    if (key == "headeronly") {
+        a.resize(12);
+        std::fill(a.begin() + 4, a.end(), 0);
+    }
+    if (key == "refused") {
+        a.resize(12);
+        std::fill(a.begin() + 4, a.end(), 0);
+        a[3] = 5;
+    }
+    if (key == "formerr") {
+        a.resize(12);
+        std::fill(a.begin() + 4, a.end(), 0);
+        a[3] = 1;
+    }
     if (key == "servfail") a[3] |= 2;
     if (key == "short") a[7] = 9;  // more records announced than there are
     return a;
@@ -295,12 +311,17 @@ struct Upstream::Shared {
     std::string alpn;  // set once
     std::string cert_file[16], key_file[16];
 
-    ~Shared() { for (auto& [kind, ctx] : contexts) SSL_CTX_free(ctx); }
+    ~Shared() {
+        for (auto& [kind, ctx] : contexts) SSL_CTX_free(ctx);
+    }
     bool sleep(int ms) {  // false: it is to stop
         std::unique_lock lock(mutex);
         return !changed.wait_for(lock, std::chrono::milliseconds(ms), [&] { return stopping; });
     }
-    Options now() const { std::lock_guard lock(mutex); return options; }
+    Options now() const {
+        std::lock_guard lock(mutex);
+        return options;
+    }
     SSL* make_ssl(const Options& o);
     void start(int fd);
     void serve(int fd, int number);
@@ -347,18 +368,21 @@ SSL* Upstream::Shared::make_ssl(const Options& o) {
         SSL_CTX_set_session_id_context(ctx, (const uint8_t*)"test", 4);
         SSL_CTX_use_certificate_chain_file(ctx, cert_file[int(o.cert)].c_str());
         SSL_CTX_use_PrivateKey_file(ctx, key_file[int(o.cert)].c_str(), SSL_FILETYPE_PEM);
-        SSL_CTX_set_client_hello_cb(ctx, [](SSL* ssl, int*, void* arg) {
-            auto& shared = *static_cast<Shared*>(arg);
-            const uint8_t* data;
-            size_t size;
-            std::lock_guard lock(shared.mutex);
-            shared.seen.hellos.push_back(read_hello(ssl));
-            if (SSL_client_hello_get0_ext(ssl, TLSEXT_TYPE_psk, &data, &size) && size > 4) {
-                const size_t length = std::min<size_t>(size - 4, data[2] << 8 | data[3]);
-                shared.seen.tickets.emplace_back(data + 4, data + 4 + length);
-            }
-            return SSL_CLIENT_HELLO_SUCCESS;
-        }, this);
+        SSL_CTX_set_client_hello_cb(
+            ctx,
+            [](SSL* ssl, int*, void* arg) {
+                auto& shared = *static_cast<Shared*>(arg);
+                const uint8_t* data;
+                size_t size;
+                std::lock_guard lock(shared.mutex);
+                shared.seen.hellos.push_back(read_hello(ssl));
+                if (SSL_client_hello_get0_ext(ssl, TLSEXT_TYPE_psk, &data, &size) && size > 4) {
+                    const size_t length = std::min<size_t>(size - 4, data[2] << 8 | data[3]);
+                    shared.seen.tickets.emplace_back(data + 4, data + 4 + length);
+                }
+                return SSL_CLIENT_HELLO_SUCCESS;
+            },
+            this);
         if (o.ticket_lifetime >= 0) SSL_CTX_set_timeout(ctx, o.ticket_lifetime);
         // It is offered, so that a client that would use it does; tickets stay stateless.
         SSL_CTX_set_max_early_data(ctx, 16384);
@@ -386,7 +410,10 @@ static bool send_all(SSL* ssl, const Octets& octets) {
 bool Upstream::Shared::misbehave(SSL* ssl, int fd, const std::string& key, int number,
                                  const Octets& framed) {
     const size_t half = framed.size() / 2;
-    if (key == "close") { SSL_shutdown(ssl); return false; }
+    if (key == "close") {
+        SSL_shutdown(ssl);
+        return false;
+    }
     if (key == "reset") {
         linger now{1, 0};
         setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof now);
@@ -397,12 +424,23 @@ bool Upstream::Shared::misbehave(SSL* ssl, int fd, const std::string& key, int n
         SSL_shutdown(ssl);
         return false;
     }
-    if (key == "cut") { send_all(ssl, {framed.begin(), framed.begin() + half}); return false; }
-    if (key == "halflength") { send_all(ssl, {framed[0]}); return false; }
-    if (key == "silent") { while (sleep(100)) {} return false; }
+    if (key == "cut") {
+        send_all(ssl, {framed.begin(), framed.begin() + half});
+        return false;
+    }
+    if (key == "halflength") {
+        send_all(ssl, {framed[0]});
+        return false;
+    }
+    if (key == "silent") {
+        while (sleep(100)) {
+        }
+        return false;
+    }
     if (key == "drip") {
         send_all(ssl, {0xff, 0xff});
-        while (sleep(20) && send_all(ssl, {0})) {}
+        while (sleep(20) && send_all(ssl, {0})) {
+        }
         return false;
     }
     if (key == "dripped") {  // the whole answer, an octet to a record
@@ -410,10 +448,25 @@ bool Upstream::Shared::misbehave(SSL* ssl, int fd, const std::string& key, int n
             if (!send_all(ssl, {octet})) return false;
         return true;
     }
-    if (key == "garbage") { send_all(ssl, Octets(300, 0xa5)); while (sleep(100)) {} return false; }
-    if (key == "zero") { send_all(ssl, {0, 0}); return send_all(ssl, framed); }
-    if (key == "five") { return send_all(ssl, {0, 5, 1, 2, 3, 4, 5}); }
-    if (key == "long") { send_all(ssl, {0xff, 0xff}); while (sleep(100)) {} return false; }
+    if (key == "garbage") {
+        send_all(ssl, Octets(300, 0xa5));
+        while (sleep(100)) {
+        }
+        return false;
+    }
+    if (key == "zero") {
+        send_all(ssl, {0, 0});
+        return send_all(ssl, framed);
+    }
+    if (key == "five") {
+        return send_all(ssl, {0, 5, 1, 2, 3, 4, 5});
+    }
+    if (key == "long") {
+        send_all(ssl, {0xff, 0xff});
+        while (sleep(100)) {
+        }
+        return false;
+    }
     if (key == "two") {
         Octets twice = framed;
         twice.insert(twice.end(), framed.begin(), framed.end());
@@ -434,23 +487,35 @@ bool Upstream::Shared::misbehave(SSL* ssl, int fd, const std::string& key, int n
         SSL_key_update(ssl, SSL_KEY_UPDATE_REQUESTED);
         return send_all(ssl, framed);
     }
-    if (key == "unclean") { send_all(ssl, framed); shutdown(fd, SHUT_WR); return false; }
+    if (key == "unclean") {
+        send_all(ssl, framed);
+        shutdown(fd, SHUT_WR);
+        return false;
+    }
     return send_all(ssl, framed);
 }
 
 bool Upstream::Shared::serve_query(SSL* ssl, int fd, const Octets& query) {
     const Question question = read_question(query);
     const size_t digits = std::find_if(question.label.begin(), question.label.end(),
-                                       [](char c) { return !isalpha(c); }) - question.label.begin();
+                                       [](char c) { return !isalpha(c); }) -
+                          question.label.begin();
     std::string key = question.label.substr(0, digits);
     const int number = atoi(question.label.c_str() + digits);
     const Options o = now();
-    if (o.deaf) { while (now().deaf && sleep(50)) {} return false; }
+    if (o.deaf) {
+        while (now().deaf && sleep(50)) {
+        }
+        return false;
+    }
     if (key == "cutat") {  // CUTAT: close after NUMBER octets of the framed answer
         Octets a = answer(query, question, "a", 0),
                framed{uint8_t(a.size() >> 8), uint8_t(a.size())};
         framed.insert(framed.end(), a.begin(), a.end());
-        { std::lock_guard lock(mutex); seen.answers.push_back(a); }
+        {
+            std::lock_guard lock(mutex);
+            seen.answers.push_back(a);
+        }
         send_all(ssl, {framed.begin(), framed.begin() + std::min<size_t>(number, framed.size())});
         return false;
     }
@@ -465,7 +530,10 @@ bool Upstream::Shared::serve_query(SSL* ssl, int fd, const Octets& query) {
     const Octets a = answer(query, question, key, number);
     Octets framed{uint8_t(a.size() >> 8), uint8_t(a.size())};
     framed.insert(framed.end(), a.begin(), a.end());
-    { std::lock_guard lock(mutex); seen.answers.push_back(a); }
+    {
+        std::lock_guard lock(mutex);
+        seen.answers.push_back(a);
+    }
     return misbehave(ssl, fd, key, number, framed);
 }
 
@@ -487,7 +555,8 @@ void Upstream::Shared::serve(int fd, int number) {
             std::lock_guard lock(mutex);
             seen.first_octets.push_back(first);
         }
-        while (sleep(50)) {}
+        while (sleep(50)) {
+        }
     }
     if (o.accept == Options::Close) {  // what was not read would make it a reset
         uint8_t hello[4096];
@@ -497,7 +566,10 @@ void Upstream::Shared::serve(int fd, int number) {
         o.accept == Options::Close || o.accept == Options::Hang)
         return;
     if (recv(fd, &first, 1, MSG_PEEK) != 1) return;
-    { std::lock_guard lock(mutex); seen.first_octets.push_back(first); }
+    {
+        std::lock_guard lock(mutex);
+        seen.first_octets.push_back(first);
+    }
     SSL* ssl = make_ssl(o);
     SSL_set_fd(ssl, fd);
     // None at all if none is asked for: it would change how the other end acknowledges.
@@ -524,8 +596,10 @@ void Upstream::Shared::serve(int fd, int number) {
                 const bool idle = errno == EAGAIN;
                 const bool notified = SSL_get_error(ssl, n) == SSL_ERROR_ZERO_RETURN;
                 std::lock_guard lock(mutex);
-                if (notified) seen.notified++;
-                else if (!idle && !stopping) seen.torn++;
+                if (notified)
+                    seen.notified++;
+                else if (!idle && !stopping)
+                    seen.torn++;
                 break;
             }
             if (in.empty()) record = size_t(n);

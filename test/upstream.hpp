@@ -34,14 +34,25 @@ struct TempDir {
 
 // Certificates for dot.test, made anew: a CA and leaves that are right or wrong in one respect.
 enum class Cert {
-    Good, WrongName, Expired, NotYetValid, UnknownCa, SelfSigned, CnOnly, Wildcard, ClientOnly,
-    Backup, Chained, NoIntermediate, FalseCa
+    Good,
+    WrongName,
+    Expired,
+    NotYetValid,
+    UnknownCa,
+    SelfSigned,
+    CnOnly,
+    Wildcard,
+    ClientOnly,
+    Backup,
+    Chained,
+    NoIntermediate,
+    FalseCa
 };
 struct Certificates {
     Certificates();
     std::string ca() const { return dir.path + "/ca.pem"; }
-    std::string leaf(Cert kind) const;   // file of the certificate
-    std::string key(Cert kind) const;    // file of its key
+    std::string leaf(Cert kind) const;  // file of the certificate
+    std::string key(Cert kind) const;   // file of its key
     std::string intermediate() const { return dir.path + "/intermediate.pem"; }
     std::string pin(Cert kind) const { return pin(leaf(kind)); }
     static std::string pin(const std::string& file);  // base64 of the SHA-256 of its SPKI
@@ -52,37 +63,37 @@ struct Options {
     enum Accept { Serve, Close, Reset, Hang, Plaintext, CloseAfterHandshake } accept = Serve;
     Cert cert = Cert::Good;
     std::string address = "127.0.0.1";
-    int port = 0;               // 0: any
+    int port = 0;                          // 0: any
     int min_version = 0, max_version = 0;  // of TLS, as OpenSSL has them; 0: its own choice
-    std::string groups{};       // of key exchange; empty: OpenSSL's
-    std::string alpn = "dot";   // what it chooses; empty: none
+    std::string groups{};                  // of key exchange; empty: OpenSSL's
+    std::string alpn = "dot";              // what it chooses; empty: none
     int tickets = 2;
-    int ticket_lifetime = -1;   // seconds; -1: OpenSSL's
-    int idle_ms = 0;            // closes a connection that is silent for so long; 0: never
-    int delay_ms = 0;           // of every answer
-    int handshake_ms = 0;       // passes before it says anything
-    bool deaf = false;          // reads queries and never answers
-    bool nagle = false;         // holds an answer back until what was sent before is acknowledged
+    int ticket_lifetime = -1;  // seconds; -1: OpenSSL's
+    int idle_ms = 0;           // closes a connection that is silent for so long; 0: never
+    int delay_ms = 0;          // of every answer
+    int handshake_ms = 0;      // passes before it says anything
+    bool deaf = false;         // reads queries and never answers
+    bool nagle = false;        // holds an answer back until what was sent before is acknowledged
 };
 
 // What a client says first.
 struct Hello {
-    std::string name, alpn;     // of SNI and ALPN
+    std::string name, alpn;  // of SNI and ALPN
     Octets versions, compressions;
     std::set<int> extensions;
 };
 
-struct Seen {  // all that came, in order
+struct Seen {                              // all that came, in order
     std::vector<Octets> queries, answers;  // the answers as they were sent
     std::vector<size_t> records;           // octets of the first TLS record of each query
     std::vector<int> on;                   // which connection each query came on, from 1
     std::vector<std::string> tickets;      // the identities offered by clients
     std::vector<Hello> hellos;
-    std::vector<uint8_t> first_octets;     // of each connection
+    std::vector<uint8_t> first_octets;  // of each connection
     int connections = 0, handshakes = 0, resumed = 0, open = 0, most_open = 0;
-    int notified = 0, torn = 0;            // closed by the client, with and without close_notify
+    int notified = 0, torn = 0;  // closed by the client, with and without close_notify
 
-    Octets query(int id) const;            // the last one with that id; throws if there is none
+    Octets query(int id) const;  // the last one with that id; throws if there is none
     Octets answer(int id) const;
 };
 

@@ -16,7 +16,10 @@ constexpr bool memory_counts = true;
 // Threads that stay to wait at a UDP socket, though fewer queries are in flight.
 constexpr int spare = 8;
 
-struct Usage { int threads, files; long kilobytes; };
+struct Usage {
+    int threads, files;
+    long kilobytes;
+};
 
 inline Usage usage_of(pid_t pid) {
     const std::string proc = "/proc/" + std::to_string(pid), status = contents(proc + "/status");
