@@ -33,24 +33,6 @@ struct From : Client {
     }
 };
 
-struct Setup {
-    explicit Setup(const Proxy::Words& more, const Proxy::Words& listen = {"127.0.0.1", "::1"})
-        : proxy(certificates, {upstream.spec()}, more, listen) {}
-    Certificates certificates;
-    Upstream upstream{certificates};
-    Proxy proxy;
-
-    // A number of the TOTALS line; 0: it has no such name.
-    int total(const std::string& name) {
-        const size_t before = proxy.out().size();
-        kill(proxy.pid(), SIGUSR1);
-        CHECK(eventually([&] { return proxy.out().find("TOTALS ", before) != std::string::npos; }));
-        const std::string out = proxy.out();
-        const size_t line = out.find("TOTALS ", before), at = out.find(" " + name + "=", line);
-        return at == out.npos ? 0 : atoi(out.c_str() + at + name.size() + 2);
-    }
-};
-
 // Silence over UDP, a close over TCP.
 static bool refused(int port, const std::string& from, const std::string& to) {
     From udp(SOCK_DGRAM, from, to, port), tcp(SOCK_STREAM, from, to, port);
@@ -62,25 +44,23 @@ static bool served(int port, const std::string& from, const std::string& to) {
 }
 
 TEST("access.allow_and_deny_judge_udp_and_tcp") {  // deny wins
-    Setup s({"-a", "127.0.0.0/30", "-a", "::1", "-d", "127.0.0.2"});
+    Pair p({}, {"-a", "127.0.0.0/30", "-a", "::1", "-d", "127.0.0.2"});
     for (const char* good : {"127.0.0.1", "127.0.0.3"})
-        CHECK_WHY(served(s.proxy.port, good, "127.0.0.1"), good);
-    CHECK(served(s.proxy.port, "::1", "::1"));
+        CHECK_WHY(served(p.proxy.port, good, "127.0.0.1"), good);
+    CHECK(served(p.proxy.port, "::1", "::1"));
     for (const char* bad : {"127.0.0.2", "127.0.0.4", "127.9.9.9"})
-        CHECK_WHY(refused(s.proxy.port, bad, "127.0.0.1"), bad);
-    CHECK(eventually([&] { return s.total("denied") == 6; }));
-    CHECK_EQ(s.total("udp"), 3);
+        CHECK_WHY(refused(p.proxy.port, bad, "127.0.0.1"), bad);
+    CHECK(eventually([&] { return p.proxy.total("denied") == 6; }));
+    CHECK_EQ(p.proxy.total("udp"), 3);
     const std::string denied = "denied";  // of those nothing was sent
-    for (auto& q : s.upstream.seen().queries)
+    for (auto& q : p.upstream.seen().queries)
         CHECK(std::search(q.begin(), q.end(), denied.begin(), denied.end()) == q.end());
-    s.proxy.stop();
 }
 
 TEST("access.of_one_family_says_nothing_of_the_other") {
-    Setup s({"-a", "0.0.0.0/0"});
-    CHECK(served(s.proxy.port, "127.0.0.1", "127.0.0.1"));
-    CHECK(refused(s.proxy.port, "::1", "::1"));
-    s.proxy.stop();
+    Pair p({}, {"-a", "0.0.0.0/0"});
+    CHECK(served(p.proxy.port, "127.0.0.1", "127.0.0.1"));
+    CHECK(refused(p.proxy.port, "::1", "::1"));
 }
 
 // A network of this process's own, with a loopback that has these addresses too. Needs root.
@@ -106,20 +86,19 @@ static void make_network(const std::vector<std::string>& addresses) {
 TEST("access.default_is_loopback_and_private_networks") {
     make_network({"127.0.0.1", "10.1.2.3", "172.16.0.1", "172.31.255.254", "172.32.0.1",
                   "192.168.7.7", "169.254.1.1", "198.51.100.7", "11.0.0.1"});
-    Setup s({}, {"0.0.0.0"});
+    Pair p({}, {}, {"0.0.0.0"});
     for (const char* good :
          {"127.0.0.1", "10.1.2.3", "172.16.0.1", "172.31.255.254", "192.168.7.7", "169.254.1.1"})
-        CHECK_WHY(served(s.proxy.port, good, "127.0.0.1"), good);
+        CHECK_WHY(served(p.proxy.port, good, "127.0.0.1"), good);
     for (const char* bad : {"198.51.100.7", "11.0.0.1", "172.32.0.1"})
-        CHECK_WHY(refused(s.proxy.port, bad, "127.0.0.1"), bad);
-    s.proxy.stop();
+        CHECK_WHY(refused(p.proxy.port, bad, "127.0.0.1"), bad);
 }
 
 TEST("rate.udp_gets_tc_and_tcp_refused") {
-    Setup s({"-r", "5"});
+    Pair p({}, {"-r", "5"});
     int good[2] = {}, over[2] = {};
-    From udp(SOCK_DGRAM, "127.0.0.1", "127.0.0.1", s.proxy.port);
-    From tcp(SOCK_STREAM, "127.0.0.1", "127.0.0.1", s.proxy.port);
+    From udp(SOCK_DGRAM, "127.0.0.1", "127.0.0.1", p.proxy.port);
+    From tcp(SOCK_STREAM, "127.0.0.1", "127.0.0.1", p.proxy.port);
     const auto start = Clock::now();
     for (int i = 0; i < 40; i++) {
         From& client = i % 2 ? tcp : udp;
@@ -139,30 +118,27 @@ TEST("rate.udp_gets_tc_and_tcp_refused") {
     const int most = 5 + int(5 * since(start)) + 1;
     for (int i : {0, 1})
         CHECK(good[i] >= 5 && good[i] <= most);  // each transport has its own share
-    CHECK(eventually([&] { return s.total("failure:over_the_rate") == over[0] + over[1]; }));
+    CHECK(eventually([&] { return p.proxy.total("failure:over_the_rate") == over[0] + over[1]; }));
     usleep(1100000);
     CHECK(Answer(*udp.ask(make_query("a.test"))).count(1) == 1);
-    s.proxy.stop();
 }
 
 TEST("rate.one_client_does_not_spend_anothers") {
-    Setup s({"-r", "3"});
-    From greedy(SOCK_DGRAM, "127.0.0.7", "127.0.0.1", s.proxy.port);
+    Pair p({}, {"-r", "3"});
+    From greedy(SOCK_DGRAM, "127.0.0.7", "127.0.0.1", p.proxy.port);
     for (int i = 0; i < 50; i++) greedy.ask(make_query("a.test"));
     CHECK(Answer(*greedy.ask(make_query("a.test"))).tc());
     for (const char* other : {"127.0.0.8", "127.0.0.9"}) {
-        From client(SOCK_DGRAM, other, "127.0.0.1", s.proxy.port);
+        From client(SOCK_DGRAM, other, "127.0.0.1", p.proxy.port);
         for (int i = 0; i < 3; i++) CHECK(!Answer(*client.ask(make_query("a.test"))).tc());
     }
-    s.proxy.stop();
 }
 
 TEST("rate.what_is_no_query_gets_no_answer_even_over_the_rate") {
-    Setup s({"-r", "1"});
-    From client(SOCK_DGRAM, "127.0.0.1", "127.0.0.1", s.proxy.port);
+    Pair p({}, {"-r", "1"});
+    From client(SOCK_DGRAM, "127.0.0.1", "127.0.0.1", p.proxy.port);
     for (int i = 0; i < 5; i++) client.ask(make_query("a.test"));
     CHECK(!client.ask(make_query("a.test", 1, {}, 1, 0x8180), 0.3));
-    s.proxy.stop();
 }
 
 TEST("limits.few_open_files") {  // 64: it refuses, does not die, and recovers
@@ -171,51 +147,48 @@ TEST("limits.few_open_files") {  // 64: it refuses, does not die, and recovers
         << "#!/bin/sh\nulimit -n 64\nexec " << environment("PROXY") << " \"$@\"\n";
     chmod((dir.path + "/few").c_str(), 0700);
     setenv("PROXY", (dir.path + "/few").c_str(), 1);
-    Setup s({"-t", "1000"});
-    CHECK_EQ(s.proxy.ask(make_query("a.test")).rcode(), 0);
+    Pair p({}, {"-t", "1000"});
+    CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
     std::vector<std::unique_ptr<From>> silent;
     for (int i = 0; i < 100; i++)
         silent.push_back(
-            std::make_unique<From>(SOCK_STREAM, "127.0.0.1", "127.0.0.1", s.proxy.port));
-    for (int i = 0; i < 20; i++) CHECK(s.proxy.udp(make_query("a" + std::to_string(i) + ".test")));
+            std::make_unique<From>(SOCK_STREAM, "127.0.0.1", "127.0.0.1", p.proxy.port));
+    for (int i = 0; i < 20; i++) CHECK(p.proxy.udp(make_query("a" + std::to_string(i) + ".test")));
     silent.clear();
-    CHECK(eventually([&] { return s.proxy.ask(make_query("a.test")).rcode() == 0; }, 30));
-    CHECK(s.proxy.tcp(make_query("a.test")));
-    s.proxy.stop();
+    CHECK(eventually([&] { return p.proxy.ask(make_query("a.test")).rcode() == 0; }, 30));
+    CHECK(p.proxy.tcp(make_query("a.test")));
 }
 
 TEST("limits.tcp_clients_beyond_the_limit_wait_and_are_served") {  // 256
-    Setup s({});
+    Pair p;
     std::vector<std::unique_ptr<From>> silent;
     for (int i = 0; i < 256; i++)
         silent.push_back(std::make_unique<From>(SOCK_STREAM, "127.0.1." + std::to_string(i / 60),
-                                                "127.0.0.1", s.proxy.port));
-    From late(SOCK_STREAM, "127.0.0.2", "127.0.0.1", s.proxy.port);
+                                                "127.0.0.1", p.proxy.port));
+    From late(SOCK_STREAM, "127.0.0.2", "127.0.0.1", p.proxy.port);
     CHECK(!late.ask(make_query("a.test"), 0.5));
-    CHECK_EQ(s.proxy.ask(make_query("a.test")).rcode(), 0);  // UDP is not held up
+    CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);  // UDP is not held up
     silent.clear();
     pollfd readable{late.fd, POLLIN, 0};
     CHECK_EQ(poll(&readable, 1, 20000), 1);
-    s.proxy.stop();
 }
 
 TEST("limits.tcp_clients_of_one_address") {  // 64; others are served, and the limit recovers
-    Setup s({});
+    Pair p;
     const char* crowd = "127.0.0.7";
     std::vector<std::unique_ptr<From>> silent;
     for (int i = 0; i < 64; i++)
-        silent.push_back(std::make_unique<From>(SOCK_STREAM, crowd, "127.0.0.1", s.proxy.port));
+        silent.push_back(std::make_unique<From>(SOCK_STREAM, crowd, "127.0.0.1", p.proxy.port));
     CHECK(silent.back()->ask(make_query("a.test")));
-    CHECK(!From(SOCK_STREAM, crowd, "127.0.0.1", s.proxy.port).ask(make_query("a.test"), 5));
-    CHECK(From(SOCK_STREAM, "127.0.0.8", "127.0.0.1", s.proxy.port).ask(make_query("a.test")));
-    CHECK(eventually([&] { return s.total("denied") == 1; }));
+    CHECK(!From(SOCK_STREAM, crowd, "127.0.0.1", p.proxy.port).ask(make_query("a.test"), 5));
+    CHECK(From(SOCK_STREAM, "127.0.0.8", "127.0.0.1", p.proxy.port).ask(make_query("a.test")));
+    CHECK(eventually([&] { return p.proxy.total("denied") == 1; }));
     silent.clear();
     CHECK(eventually([&] {
-        return From(SOCK_STREAM, crowd, "127.0.0.1", s.proxy.port)
+        return From(SOCK_STREAM, crowd, "127.0.0.1", p.proxy.port)
             .ask(make_query("a.test"))
             .has_value();
     }));
-    s.proxy.stop();
 }
 
 static std::string status_of(pid_t pid, const std::string& name) {
@@ -228,24 +201,23 @@ TEST("user.privileges_are_dropped_for_good") {
     if (geteuid() != 0) throw check::Skip("needs root");
     std::string root;
     for (const char* user : {"nobody", "65534"}) {
-        Setup s({"-U", user});
-        CHECK_EQ(s.proxy.ask(make_query("a.test")).rcode(), 0);
-        CHECK_EQ(status_of(s.proxy.pid(), "Uid"), "\t65534\t65534\t65534\t65534");
-        CHECK_EQ(status_of(s.proxy.pid(), "Gid"), "\t65534\t65534\t65534\t65534");
-        CHECK(status_of(s.proxy.pid(), "Groups").find_first_of("0123456789") == std::string::npos);
+        Pair p({}, {"-U", user});
+        CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
+        CHECK_EQ(status_of(p.proxy.pid(), "Uid"), "\t65534\t65534\t65534\t65534");
+        CHECK_EQ(status_of(p.proxy.pid(), "Gid"), "\t65534\t65534\t65534\t65534");
+        CHECK(status_of(p.proxy.pid(), "Groups").find_first_of("0123456789") == std::string::npos);
         for (const char* set : {"CapEff", "CapPrm"})
-            CHECK_EQ(status_of(s.proxy.pid(), set), "\t0000000000000000");
-        CHECK_EQ(status_of(s.proxy.pid(), "NoNewPrivs"), "\t1");
-        s.proxy.stop();
+            CHECK_EQ(status_of(p.proxy.pid(), set), "\t0000000000000000");
+        CHECK_EQ(status_of(p.proxy.pid(), "NoNewPrivs"), "\t1");
     }
 }
 
 TEST("totals.count_what_happens") {
-    Setup s({});
-    for (int i = 0; i < 3; i++) CHECK_EQ(s.proxy.ask(make_query("a.test"), i == 0).rcode(), 0);
-    CHECK_EQ(s.proxy.ask(make_query("a.test", 252)).rcode(), 4);
-    CHECK_EQ(s.proxy.ask(make_query("wrongid.test")).rcode(), 2);
-    CHECK(s.proxy.prints("no answer to this query"));
+    Pair p;
+    for (int i = 0; i < 3; i++) CHECK_EQ(p.proxy.ask(make_query("a.test"), i == 0).rcode(), 0);
+    CHECK_EQ(p.proxy.ask(make_query("a.test", 252)).rcode(), 4);
+    CHECK_EQ(p.proxy.ask(make_query("wrongid.test")).rcode(), 2);
+    CHECK(p.proxy.prints("no answer to this query"));
     const struct {
         const char* name;
         int number;
@@ -253,57 +225,54 @@ TEST("totals.count_what_happens") {
                 {"failure", 2},  {"NOERROR", 3}, {"NOTIMP", 1},
                 {"SERVFAIL", 1}, {"denied", 0},  {"failure:AXFR_and_IXFR_are_not_proxied", 1}};
     for (auto& row : rows)  // an answer is counted when it has left
-        CHECK_WHY(eventually([&] { return s.total(row.name) == row.number; }), row.name);
-    CHECK(s.total("dialled") >= 3 && s.total("resumed") >= 1 && s.total("ready") >= 1);
-    CHECK_EQ(s.total("no_such_name"), 0);
-    s.proxy.stop();
+        CHECK_WHY(eventually([&] { return p.proxy.total(row.name) == row.number; }), row.name);
+    CHECK(p.proxy.total("dialled") >= 3 && p.proxy.total("resumed") >= 1 &&
+          p.proxy.total("ready") >= 1);
+    CHECK_EQ(p.proxy.total("no_such_name"), 0);
 }
 
 TEST("limits.hosts_that_are_gone_leave_nothing_behind") {
-    Setup s({});
+    Pair p;
     const auto visit = [&](int from, int to) {
         for (int i = from; i < to; i++)
             From(SOCK_STREAM,
                  "127.9." + std::to_string(i / 250) + "." + std::to_string(1 + i % 250),
-                 "127.0.0.1", s.proxy.port);
-        CHECK_EQ(s.proxy.ask(make_query("a.test"), true).rcode(), 0);  // all before are accepted
-        return usage_of(s.proxy.pid()).kilobytes;
+                 "127.0.0.1", p.proxy.port);
+        CHECK_EQ(p.proxy.ask(make_query("a.test"), true).rcode(), 0);  // all before are accepted
+        return usage_of(p.proxy.pid()).kilobytes;
     };
     const long before = visit(0, 2000), after = visit(2000, memory_counts ? 20000 : 3000);
     if (memory_counts)
         CHECK_WHY(after - before < 1500, std::to_string(after - before) + " kB more");
-    s.proxy.stop();
 }
 
 TEST("totals.the_most_in_flight_are_kept") {
-    Setup s({});
-    CHECK_EQ(s.proxy.ask(make_query("a.test")).rcode(), 0);
-    CHECK_EQ(s.total("in_flight_most"), 1);
-    Client client(SOCK_DGRAM, s.proxy.port);
+    Pair p;
+    CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
+    CHECK_EQ(p.proxy.total("in_flight_most"), 1);
+    Client client(SOCK_DGRAM, p.proxy.port);
     for (int id = 1; id <= 5; id++) client.send(make_query("slow1000.test", 1, {}, id));
     for (int id = 1; id <= 5; id++) CHECK(client.receive(10));
-    CHECK_EQ(s.total("in_flight_most"), 5);
-    CHECK_EQ(s.proxy.ask(make_query("a.test")).rcode(), 0);
-    CHECK_EQ(s.total("in_flight_most"), 5);
-    s.proxy.stop();
+    CHECK_EQ(p.proxy.total("in_flight_most"), 5);
+    CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
+    CHECK_EQ(p.proxy.total("in_flight_most"), 5);
 }
 
 TEST("totals.a_failing_upstream_is_told_once_and_when_it_answers_again") {
-    Setup s({"-k", "0"});
+    Pair p({}, {"-k", "0"});
     const Options good, bad{.accept = Options::Close};
-    s.upstream.set(bad);
-    for (int i = 0; i < 20; i++) CHECK_EQ(s.proxy.ask(make_query("a.test")).rcode(), 2);
-    s.upstream.set(good);
-    CHECK(eventually([&] { return s.proxy.ask(make_query("a.test")).rcode() == 0; }, 30));
-    CHECK_EQ(s.proxy.ask(make_query("a.test")).rcode(), 0);
-    const std::string out = s.proxy.out();
+    p.upstream.set(bad);
+    for (int i = 0; i < 20; i++) CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 2);
+    p.upstream.set(good);
+    CHECK(eventually([&] { return p.proxy.ask(make_query("a.test")).rcode() == 0; }, 30));
+    CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
+    const std::string out = p.proxy.out();
     std::vector<std::string> told;
     for (size_t at = 0; (at = out.find("UPSTREAM ", at)) != out.npos; at++)
         told.push_back(out.substr(at, out.find('\n', at) - at));
     CHECK_EQ(told.size(), 2u);
     CHECK_WHY(told[0].find("asked last") != std::string::npos, told[0]);
     CHECK_WHY(told[1].find("answers again") != std::string::npos, told[1]);
-    s.proxy.stop();
 }
 
 int main(int argc, char** argv) { return check::main(argc, argv); }

@@ -10,14 +10,6 @@
 
 using namespace test;
 
-struct Pair {
-    explicit Pair(const Options& options = {}, const Proxy::Words& more = {})
-        : upstream(certificates, options), proxy(certificates, {upstream.spec()}, more) {}
-    Certificates certificates;
-    Upstream upstream;
-    Proxy proxy;
-};
-
 // ---- messages ----------------------------------------------------------------------------------
 
 TEST("contract.answers_are_relayed_octet_for_octet") {
@@ -36,7 +28,6 @@ TEST("contract.answers_are_relayed_octet_for_octet") {
         }
         CHECK_WHY(*got == want, name);
     }
-    p.proxy.stop();
 }
 
 TEST("contract.signed_answers_are_relayed_unchanged_or_cut") {
@@ -46,7 +37,6 @@ TEST("contract.signed_answers_are_relayed_unchanged_or_cut") {
     CHECK(got && *got == p.upstream.seen().answer(0x5001));
     const Answer cut(*p.proxy.udp(make_query("tsig3000.test", 16, Edns{}, 0x5002)));
     CHECK(cut.tc() && cut.count(1) == 0 && cut.octets.size() <= 1232);
-    p.proxy.stop();
 }
 
 TEST("contract.udp_query_of_4096_octets") {
@@ -61,7 +51,6 @@ TEST("contract.udp_query_of_4096_octets") {
     CHECK_EQ(p.proxy.ask(q).rcode(), 0);
     const Octets seen = p.upstream.seen().query(0x6001);
     CHECK(seen.size() % 128 == 0 && Answer(seen).options.at(0xfde9) == Octets(size_t(fill), 7));
-    p.proxy.stop();
 }
 
 TEST("contract.retransmissions_get_one_answer_each") {
@@ -70,7 +59,6 @@ TEST("contract.retransmissions_get_one_answer_each") {
     for (int i = 0; i < 3; i++) c.send(make_query("slow200.test"));
     for (int i = 0; i < 3; i++) CHECK(c.receive());
     CHECK(!c.readable(0.7));
-    p.proxy.stop();
 }
 
 TEST("contract.stray_answers_reach_no_other_query") {  // also where connections are used again
@@ -86,7 +74,6 @@ TEST("contract.stray_answers_reach_no_other_query") {  // also where connections
             if (a.rcode() == 0) CHECK(std::equal(q.begin() + 12, q.end(), a.octets.begin() + 12));
         }
         CHECK_EQ(p.proxy.ask(make_query("last.test")).rcode(), 0);
-        p.proxy.stop();
     }
 }
 
@@ -101,7 +88,6 @@ TEST("contract.client_hello_has_only_tls_1_3_and_1_2_and_no_compression") {
         CHECK(!hello.extensions.count(42));  // early data
         CHECK_EQ(hello.name, "dot.test");
     }
-    p.proxy.stop();
 }
 
 TEST("contract.renegotiation_is_refused_and_does_not_hang") {
@@ -110,7 +96,6 @@ TEST("contract.renegotiation_is_refused_and_does_not_hang") {
     CHECK(p.proxy.udp(make_query("renegotiate.test")));
     CHECK(since(start) < 10);
     CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
-    p.proxy.stop();
 }
 
 TEST("contract.tickets_past_their_lifetime_are_not_used") {
@@ -121,7 +106,6 @@ TEST("contract.tickets_past_their_lifetime_are_not_used") {
         const int before = p.upstream.seen().resumed;
         CHECK_EQ(p.proxy.ask(make_query("b.test")).rcode(), 0);
         CHECK_EQ(p.upstream.seen().resumed - before, late ? 0 : 1);
-        p.proxy.stop();
     }
 }
 
@@ -130,7 +114,6 @@ TEST("contract.close_notify_comes_before_the_end") {
     for (int i = 0; i < 5; i++) CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
     CHECK(eventually([&] { return p.upstream.seen().notified >= 5; }));
     CHECK_EQ(p.upstream.seen().torn, 0);
-    p.proxy.stop();
 }
 
 TEST("contract.chains_and_pins_of_authorities") {
@@ -151,7 +134,6 @@ TEST("contract.chains_and_pins_of_authorities") {
         Proxy proxy(c, {upstream.spec(row.pin ? ",pin-sha256=" + Certificates::pin(file) : "")});
         CHECK_EQ(proxy.ask(make_query("a.test")).rcode(), row.good ? 0 : 2);
         CHECK_EQ(upstream.seen().queries.empty(), !row.good);
-        proxy.stop();
     }
 }
 
@@ -176,7 +158,6 @@ TEST("contract.the_oldest_ready_connection_is_taken_first") {
         newer += get16(seen.queries[i], 0) < 200 && seen.on[i] > waiting;
     CHECK_WHY(newer <= 1,
               std::to_string(newer));  // the oldest is out for a moment while it is tended
-    p.proxy.stop();
 }
 
 TEST("contract.pointed_at_itself_it_ends_in_servfail") {
@@ -184,7 +165,6 @@ TEST("contract.pointed_at_itself_it_ends_in_servfail") {
     Proxy proxy(c, {"127.0.0.1@{port}#dot.test"}, {"-t", "1000"});
     CHECK_EQ(proxy.ask(make_query("a.test")).rcode(), 2);
     CHECK(proxy.prints("FAILURE"));
-    proxy.stop();
 }
 
 TEST("contract.grace_ends_even_if_the_resolver_hangs") {  // 3 s
@@ -232,7 +212,6 @@ TEST("contract.no_udp_socket_but_the_listeners") {  // nothing is asked over any
     CHECK_EQ(listed(inodes, "udp6"), 1);
     CHECK(listed(inodes, "tcp") >= 2);
     CHECK(c.receive());
-    p.proxy.stop();
 }
 
 TEST("contract.a_bad_option_binds_nothing") {  // with a port that is taken: exit 2 comes first
@@ -254,7 +233,6 @@ TEST("contract.quiet_prints_no_line_per_query") {
     Pair p({}, {"-q"});
     for (int i = 0; i < 3; i++) CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
     CHECK_EQ(p.proxy.out(), "");
-    p.proxy.stop();
 }
 
 int main(int argc, char** argv) { return check::main(argc, argv); }

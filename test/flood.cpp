@@ -173,7 +173,6 @@ TEST("flood.an_honest_client_is_answered_beside_those_that_ask_too_much") {
     CHECK(peak.threads <= 512 + 256 + 10 && peak.files <= 512 * 3 + 256 + 64 + 20);
     if (memory_counts) CHECK(peak.kilobytes < 200 * 1024);
     CHECK_WHY(idle < 0.05, std::to_string(idle));
-    proxy.stop();
 }
 
 // ---- Silence -----------------------------------------------------------------------------------
@@ -237,7 +236,6 @@ TEST("flood.550_silent_clients_cost_a_query_nothing_and_are_gone_in_time") {
     strangers.clear();
     CHECK(eventually([&] { return usage_of(proxy.pid()).threads <= before.threads + spare; }));
     CHECK_EQ(proxy.ask(make_query("b.test"), true).rcode(), 0);
-    proxy.stop();
 }
 
 int main(int argc, char** argv) {

@@ -128,7 +128,6 @@ static int run(bool in_turn, int& deaths) {
     CHECK(reaper.deaths >= length / 3);
     CHECK_EQ(answers, sent);
     CHECK_EQ(wrong, 0);
-    proxy.stop();
     deaths = reaper.deaths;
     return failures;
 }

@@ -19,10 +19,12 @@
 #include <fstream>
 #include <functional>
 #include <map>
+#include <mutex>
 #include <optional>
 #include <random>
 #include <sstream>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "check.hpp"
@@ -46,6 +48,10 @@ inline std::string environment(const char* name) {
     const char* value = getenv(name);
     if (!value || !*value) throw check::Skip(std::string(name) + " is not set");
     return value;
+}
+
+inline bool contains(const std::string& text, const std::string& words) {
+    return text.find(words) != std::string::npos;
 }
 
 inline std::string contents(const std::string& path) {
@@ -329,6 +335,14 @@ struct Client {
     bool connected, tcp;
 };
 
+// The number of that name in the last TOTALS line; -1: there is none.
+inline int number_in_totals(const std::string& out, const std::string& name) {
+    const size_t line = out.rfind("TOTALS ");
+    const size_t at = out.find(" " + name + "=", line);
+    if (line == out.npos || at == out.npos) return -1;
+    return atoi(out.c_str() + at + name.size() + 2);
+}
+
 // dot-proxy on a free port. What it prints is in out() and err().
 class Proxy {
 public:
@@ -363,21 +377,30 @@ public:
         }
         throw std::runtime_error("the proxy does not start: " + err());
     }
-    // Every test ends with this: exit 0, nothing on stderr (which is where sanitizers report).
-    void stop() {
-        const int status = process_->end();
+    // Every test ends with this: exit 0, and nothing on stderr, which is where sanitizers report.
+    // What is found here fails the test, as a check in the test itself does. Nothing is checked if
+    // the test has failed already, as an exception is on its way then.
+    ~Proxy() noexcept(false) {
+        if (std::uncaught_exceptions() > exceptions_) {
+            fprintf(stderr, "%s", err().c_str());
+            return;
+        }
+        const int status = process_->end();  // that of before if the test itself ended it
         CHECK_EQ(err(), "");
         CHECK_EQ(status, 0);
-        process_.reset();
-    }
-    ~Proxy() {
-        if (process_ && !std::uncaught_exceptions())
-            fprintf(stderr, "a test did not stop its proxy\n");
     }
     std::string out() const { return contents(dir_.path + "/out"); }
     std::string err() const { return contents(dir_.path + "/err"); }
     bool prints(const std::string& words) {
-        return eventually([&] { return out().find(words) != std::string::npos; }, 5);
+        return eventually([&] { return contains(out(), words); }, 5);
+    }
+    // A number of the TOTALS line as it is now; 0: it has no such name.
+    int total(const std::string& name) {
+        const size_t before = out().size();
+        kill(pid(), SIGUSR1);
+        const auto line = [&] { return out().substr(before); };
+        CHECK(eventually([&] { return number_in_totals(line(), "udp") >= 0; }));
+        return std::max(0, number_in_totals(line(), name));
     }
     pid_t pid() const { return process_->pid(); }
     Process& process() { return *process_; }
@@ -404,6 +427,38 @@ public:
 private:
     TempDir dir_;
     std::unique_ptr<Process> process_;
+    const int exceptions_ = std::uncaught_exceptions();
+};
+
+// What most tests need: an upstream, and the program in front of it.
+struct Pair {
+    explicit Pair(const Options& options = {}, const Proxy::Words& more = {},
+                  const Proxy::Words& listen = {"127.0.0.1", "::1"})
+        : upstream(certificates, options), proxy(certificates, {upstream.spec()}, more, listen) {}
+    Certificates certificates;
+    Upstream upstream;
+    Proxy proxy;
+};
+
+// Many queries at once, each by a client of its own.
+struct Burst {
+    Burst(Proxy& proxy, int queries, const std::string& name = "a.test") {
+        std::vector<std::thread> clients;
+        for (int i = 0; i < queries; i++)
+            clients.emplace_back([&] {
+                const auto start = Clock::now();
+                const auto answer = proxy.udp(make_query(name));
+                std::lock_guard lock(mutex);
+                slowest = std::max(slowest, since(start));
+                if (!answer) return;
+                answered++;
+                good += Answer(*answer).rcode() == 0;
+            });
+        for (auto& client : clients) client.join();
+    }
+    std::mutex mutex;
+    int answered = 0, good = 0;  // of any kind, and those with NOERROR
+    double slowest = 0;          // seconds
 };
 
 }  // namespace test

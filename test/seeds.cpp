@@ -71,7 +71,6 @@ int main(int argc, char** argv) try {
     options.resize(options.size() + 512);
     save_pair(dir, 0, make_query("a.test", 1, Edns{}),
               make_query("a.test", 1, Edns{1232, false, options}, 0x1234, 0x8180));
-    proxy.stop();
     const std::string pin = ",pin-sha256=" + Certificates::pin(certificates.leaf(Cert::Good));
     for (const std::string& text :
          {std::string("ucloudflare"), std::string("uquad9"), "u192.0.2.1@853#dot.test" + pin + pin,

@@ -19,14 +19,6 @@ static const char* const faults[] = {"close",   "reset",     "cut",   "cutclean"
 
 class Soak {
 public:
-    Soak() {
-        for (auto& upstream : upstreams_) upstream = std::make_unique<Upstream>(certificates_);
-        proxy_ = std::make_unique<Proxy>(certificates_,
-                                         std::vector{upstreams_[0]->spec(), upstreams_[1]->spec()},
-                                         Proxy::Words{"-q", "-t", memory_counts ? "500" : "4000"});
-        idle_ = usage_of(proxy_->pid());
-    }
-
     // So many more queries, by clients of all kinds at once.
     void ask(int queries) {
         left_ = queries;
@@ -43,7 +35,7 @@ public:
         Usage u{};
         // A small stock for each upstream may stay.
         const auto quiet = [&] {
-            u = usage_of(proxy_->pid());
+            u = usage_of(proxy_.pid());
             return u.threads <= idle_.threads + spare && u.files <= idle_.files + 4;
         };
         eventually(quiet, 75);
@@ -64,10 +56,9 @@ public:
         CHECK_EQ(wrong_.load(), 0);
         CHECK_WHY(failed_ + none_ < good_ / 10, std::to_string(failed_) + " failed, " +
                                                     std::to_string(none_) + " lost\n" +
-                                                    proxy_->out());
+                                                    proxy_.out());
         for (bool tcp : {false, true})  // a second is over, in which it would remember failures
-            CHECK(has_address_of(proxy_->ask(make_query("end.test"), tcp), make_query("end.test")));
-        proxy_->stop();
+            CHECK(has_address_of(proxy_.ask(make_query("end.test"), tcp), make_query("end.test")));
     }
 
 private:
@@ -102,7 +93,7 @@ private:
             const unsigned n = ++clients_;
             const std::string from = "127." + std::to_string(1 + n / 65536) + "." +
                                      std::to_string(n / 256 % 256) + "." + std::to_string(n % 256);
-            Client client(tcp ? SOCK_STREAM : SOCK_DGRAM, proxy_->port, "127.0.0.1", from);
+            Client client(tcp ? SOCK_STREAM : SOCK_DGRAM, proxy_.port, "127.0.0.1", from);
             std::map<int, std::pair<Octets, bool>> open;
             for (int i = 0, n = tcp ? 1 + int(random() % 10) : 1; i < n && left_-- > 0; i++) {
                 bool fault;
@@ -147,8 +138,7 @@ private:
         append(framed, query);
         for (int round = 0; left_ > 0; round++) {
             if (pests.size() < 30)
-                pests.push_back(
-                    {std::make_unique<Client>(SOCK_STREAM, proxy_->port), round % 3, 0});
+                pests.push_back({std::make_unique<Client>(SOCK_STREAM, proxy_.port), round % 3, 0});
             for (Pest& p : pests) {
                 uint8_t more = 0;
                 if (p.kind == 1 && p.sent < framed.size() - 1 && round % 20 == 0)
@@ -167,9 +157,12 @@ private:
     }
 
     Certificates certificates_;
-    std::array<std::unique_ptr<Upstream>, 2> upstreams_;
-    std::unique_ptr<Proxy> proxy_;
-    Usage idle_{};
+    std::array<std::unique_ptr<Upstream>, 2> upstreams_{std::make_unique<Upstream>(certificates_),
+                                                        std::make_unique<Upstream>(certificates_)};
+    Proxy proxy_{certificates_,
+                 {upstreams_[0]->spec(), upstreams_[1]->spec()},
+                 {"-q", "-t", memory_counts ? "500" : "4000"}};
+    const Usage idle_ = usage_of(proxy_.pid());
     int asked_ = 0;
     std::atomic<unsigned> clients_{0};
     std::atomic<int> left_{0}, good_{0}, failed_{0}, none_{0}, wrong_{0}, left_early_{0};
