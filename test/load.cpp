@@ -64,7 +64,7 @@ TEST("concurrency.few_of_the_threads_of_a_burst_stay") {
     CHECK(eventually([&] { return usage_of(p.proxy.pid()).threads <= before + spare; }));
 }
 
-// Nor do they take its seat at the socket for long, though this resolver is quick as a rule.
+// Nor may they occupy what takes queries from the socket, though this resolver is quick as a rule.
 TEST("concurrency.slow_answers_do_not_hold_up_a_quick_one") {
     Pair p({}, {"-t", "20000"});
     for (int i = 0; i < 20; i++) CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);

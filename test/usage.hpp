@@ -13,8 +13,9 @@ constexpr bool memory_counts = false;  // theirs is not the program's; and all i
 constexpr bool memory_counts = true;
 #endif
 
-// Threads that stay to wait at a UDP socket, though fewer queries are in flight.
-constexpr int spare = 8;
+// Threads that may be there for a moment when nothing is asked: each opens the next connection. No
+// thread stays because a query needed one before.
+constexpr int spare = 2;
 
 struct Usage {
     int threads, files;
