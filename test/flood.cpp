@@ -3,28 +3,16 @@
 // In a network of its own where that is allowed, else on the host's loopback: the many addresses
 // are those of 127.0.0.0/8, which are there without being asked for. usage: PROXY=... [CROWD=10]
 // flood
-#include <net/if.h>
-#include <sched.h>
-#include <sys/ioctl.h>
 #include <sys/resource.h>
 
 #include <algorithm>
 #include <thread>
 
+#include "network.hpp"
 #include "program.hpp"
 #include "usage.hpp"
 
 using namespace test;
-
-static void own_network() {
-    if (unshare(CLONE_NEWNET) != 0) return;
-    const int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-    ifreq lo{};
-    strcpy(lo.ifr_name, "lo");
-    lo.ifr_flags = IFF_UP | IFF_RUNNING;
-    if (ioctl(fd, SIOCSIFFLAGS, &lo) != 0) throw std::runtime_error("lo does not come up");
-    close(fd);
-}
 
 // A client's socket that has its own address; it waits for nothing.
 struct Stranger {
@@ -239,6 +227,6 @@ TEST("flood.550_silent_clients_cost_a_query_nothing_and_are_gone_in_time") {
 }
 
 int main(int argc, char** argv) {
-    own_network();
+    own_network();  // or else the host's
     return check::main(argc, argv);
 }

@@ -304,6 +304,8 @@ struct Upstream::Shared {
     std::map<std::string, int> faults;  // how often a name has been maltreated
     std::map<Cert, SSL_CTX*> contexts;
     std::set<int> fds;
+    int served = 0;                      // connections, of those that are open
+    int silent = 0;                      // so many connections, the first ones, get no answer
     std::map<int, std::thread> threads;  // one for each connection, by its number
     std::vector<int> ended;              // those to be joined
     bool stopping = false;
@@ -324,8 +326,12 @@ struct Upstream::Shared {
     }
     SSL* make_ssl(const Options& o);
     void start(int fd);
-    void serve(int fd, int number);
-    bool serve_query(SSL* ssl, int fd, const Octets& query);
+    void serve(int fd, int number, const Options& o);
+    bool serve_query(SSL* ssl, int fd, int connection, const Octets& query);
+    bool is_silent(int connection) const {
+        std::lock_guard lock(mutex);
+        return connection <= silent;
+    }
     bool misbehave(SSL* ssl, int fd, const std::string& key, int number, const Octets& framed);
 };
 
@@ -351,6 +357,14 @@ static Hello read_hello(SSL* ssl) {
     return hello;
 }
 
+// Of TLS 1.3, or one of TLS 1.2: there an empty one only says that the client takes tickets.
+static bool offers_ticket(SSL* ssl) {
+    const uint8_t* data;
+    size_t size;
+    if (SSL_client_hello_get0_ext(ssl, TLSEXT_TYPE_psk, &data, &size)) return true;
+    return SSL_client_hello_get0_ext(ssl, TLSEXT_TYPE_session_ticket, &data, &size) && size > 0;
+}
+
 static int on_alpn(SSL*, const uint8_t** out, uint8_t* size, const uint8_t*, unsigned, void* arg) {
     static thread_local std::string chosen;
     chosen = *static_cast<std::string*>(arg);
@@ -370,7 +384,7 @@ SSL* Upstream::Shared::make_ssl(const Options& o) {
         SSL_CTX_use_PrivateKey_file(ctx, key_file[int(o.cert)].c_str(), SSL_FILETYPE_PEM);
         SSL_CTX_set_client_hello_cb(
             ctx,
-            [](SSL* ssl, int*, void* arg) {
+            [](SSL* ssl, int* alert, void* arg) {
                 auto& shared = *static_cast<Shared*>(arg);
                 const uint8_t* data;
                 size_t size;
@@ -380,7 +394,10 @@ SSL* Upstream::Shared::make_ssl(const Options& o) {
                     const size_t length = std::min<size_t>(size - 4, data[2] << 8 | data[3]);
                     shared.seen.tickets.emplace_back(data + 4, data + 4 + length);
                 }
-                return SSL_CLIENT_HELLO_SUCCESS;
+                if (!shared.options.alert_ticket || !offers_ticket(ssl))
+                    return SSL_CLIENT_HELLO_SUCCESS;
+                *alert = SSL_AD_HANDSHAKE_FAILURE;
+                return SSL_CLIENT_HELLO_ERROR;
             },
             this);
         if (o.ticket_lifetime >= 0) SSL_CTX_set_timeout(ctx, o.ticket_lifetime);
@@ -495,7 +512,7 @@ bool Upstream::Shared::misbehave(SSL* ssl, int fd, const std::string& key, int n
     return send_all(ssl, framed);
 }
 
-bool Upstream::Shared::serve_query(SSL* ssl, int fd, const Octets& query) {
+bool Upstream::Shared::serve_query(SSL* ssl, int fd, int connection, const Octets& query) {
     const Question question = read_question(query);
     const size_t digits = std::find_if(question.label.begin(), question.label.end(),
                                        [](char c) { return !isalpha(c); }) -
@@ -506,6 +523,15 @@ bool Upstream::Shared::serve_query(SSL* ssl, int fd, const Octets& query) {
     if (o.deaf) {
         while (now().deaf && sleep(50)) {
         }
+        return false;
+    }
+    if (is_silent(connection)) {
+        while (sleep(50)) {
+        }
+        return false;
+    }
+    if (o.refuses && o.refuses(query)) {
+        SSL_shutdown(ssl);
         return false;
     }
     if (key == "cutat") {  // CUTAT: close after NUMBER octets of the framed answer
@@ -537,8 +563,7 @@ bool Upstream::Shared::serve_query(SSL* ssl, int fd, const Octets& query) {
     return misbehave(ssl, fd, key, number, framed);
 }
 
-void Upstream::Shared::serve(int fd, int number) {
-    const Options o = now();
+void Upstream::Shared::serve(int fd, int number, const Options& o) {
     const int no_delay = !o.nagle;
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &no_delay, sizeof no_delay);
     uint8_t first = 0;
@@ -587,6 +612,7 @@ void Upstream::Shared::serve(int fd, int number) {
         Octets in;
         size_t record = 0;
         uint8_t buffer[20000];
+        int answered = 0;
         bool go_on = o.accept == Options::Serve;
         if (!go_on) SSL_shutdown(ssl);
         while (go_on) {
@@ -613,7 +639,11 @@ void Upstream::Shared::serve(int fd, int number) {
                     seen.records.push_back(record);
                     seen.on.push_back(number);
                 }
-                go_on = serve_query(ssl, fd, query);
+                go_on = serve_query(ssl, fd, number, query);
+                if (go_on && ++answered == o.answers) {
+                    SSL_shutdown(ssl);
+                    go_on = false;
+                }
             }
         }
         if (go_on) SSL_shutdown(ssl);  // idle: said politely
@@ -675,10 +705,16 @@ void Upstream::Shared::start(int fd) {
     const int number = ++seen.connections;
     seen.most_open = std::max(seen.most_open, ++seen.open);
     fds.insert(fd);
-    threads[number] = std::thread([this, fd, number] {
-        serve(fd, number);
+    Options o = options;
+    if (o.most > 0 && served >= o.most) o.accept = Options::Close;
+    if (o.reset_each > 0 && number % o.reset_each == 0) o.accept = Options::Reset;
+    const bool counts = o.accept == Options::Serve;
+    served += counts;
+    threads[number] = std::thread([this, fd, number, o, counts] {
+        serve(fd, number, o);
         std::lock_guard lock(mutex);
         fds.erase(fd);
+        served -= counts;
         seen.open--;
         close(fd);
         ended.push_back(number);
@@ -713,6 +749,10 @@ Seen Upstream::seen() const {
 void Upstream::set(const Options& options) {
     std::lock_guard lock(shared_->mutex);
     shared_->options = options;
+}
+void Upstream::fall_silent() {
+    std::lock_guard lock(shared_->mutex);
+    shared_->silent = shared_->seen.connections;
 }
 std::string Upstream::spec(const std::string& more) const {
     return shared_->now().address + "@" + std::to_string(port_) + "#dot.test" + more;

@@ -13,6 +13,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -74,6 +75,12 @@ struct Options {
     int handshake_ms = 0;      // passes before it says anything
     bool deaf = false;         // reads queries and never answers
     bool nagle = false;        // holds an answer back until what was sent before is acknowledged
+    int most = 0;        // connections that it serves at once, it closes others; 0: any number
+    int answers = 0;     // after which it closes a connection; 0: it does not
+    int reset_each = 0;  // so many'th connection; 0: none
+    bool alert_ticket = false;  // meets a hello that offers a ticket with an alert
+    std::function<bool(const Octets&)>
+        refuses{};  // queries that it meets by closing the connection
 };
 
 // What a client says first.
@@ -104,6 +111,9 @@ public:
     int port() const { return port_; }
     Seen seen() const;
     void set(const Options& options);  // for connections and queries from now on
+    // No answer any more on the connections that are open now, and no sign of their end: for their
+    // client it is as if it were in another network.
+    void fall_silent();
     std::string spec(const std::string& more = "") const;  // for --upstream
 
 private:
