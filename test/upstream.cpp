@@ -20,6 +20,8 @@
 #include <filesystem>
 #include <stdexcept>
 
+#include "records.hpp"
+
 namespace test {
 
 TempDir::TempDir() {
@@ -43,6 +45,8 @@ static const struct {
     int issuer;
     const char* usage = "serverAuth";
     bool chain = false;  // the issuer's certificate is sent too
+    int ballast = 0;     // octets of a comment in it
+    int copies = 0;      // how often the issuer's certificate is sent once more
 } leaves[] = {
     {Cert::Good, "good", "dot.test", "DNS:dot.test", -1, 30, TheCa},
     {Cert::WrongName, "wrong", "dot.test", "DNS:other.test", -1, 30, TheCa},
@@ -57,6 +61,12 @@ static const struct {
     {Cert::Chained, "chained", "x", "DNS:dot.test", -1, 30, Intermediate, "serverAuth", true},
     {Cert::NoIntermediate, "alone", "x", "DNS:dot.test", -1, 30, Intermediate},
     {Cert::FalseCa, "false", "x", "DNS:dot.test", -1, 30, NoCa, "serverAuth", true},
+    {Cert::IpAddress, "ip", "x", "IP:127.0.0.1", -1, 30, TheCa},
+    {Cert::Fair28kB, "fair", "x", "DNS:dot.test", -1, 30, TheCa, "serverAuth", false, 28000},
+    {Cert::Large77kB, "large", "x", "DNS:dot.test", -1, 30, TheCa, "serverAuth", false, 77000},
+    {Cert::Chain77kB, "long", "x", "DNS:dot.test", -1, 30, Intermediate, "serverAuth", true, 0,
+     230},
+    {Cert::Huge105kB, "huge", "x", "DNS:dot.test", -1, 30, TheCa, "serverAuth", false, 105000},
 };
 static const auto& leaf_of(Cert kind) {
     return *std::find_if(std::begin(leaves), std::end(leaves),
@@ -86,7 +96,7 @@ static X509* make_cert(EVP_PKEY* key, const char* cn, long from, long until, X50
     return cert;
 }
 
-static void save(const std::string& path, std::initializer_list<X509*> certs, EVP_PKEY* key) {
+static void save(const std::string& path, const std::vector<X509*>& certs, EVP_PKEY* key) {
     FILE* f = fopen(path.c_str(), "w");
     if (!f) throw std::runtime_error(path);
     for (X509* cert : certs) PEM_write_X509(f, cert);
@@ -114,11 +124,12 @@ Certificates::Certificates() {
         X509* cert = make_cert(key, l.cn, l.from, l.until, issuer);
         if (l.san) extend(cert, issuer ? issuer : cert, NID_subject_alt_name, l.san);
         extend(cert, issuer ? issuer : cert, NID_ext_key_usage, l.usage);
+        if (l.ballast)
+            extend(cert, issuer, NID_netscape_comment, std::string(l.ballast, 'x').c_str());
         X509_sign(cert, issuer ? keys[l.issuer] : key, EVP_sha256());
-        if (l.chain)
-            save(leaf(l.kind), {cert, issuer}, nullptr);
-        else
-            save(leaf(l.kind), {cert}, nullptr);
+        std::vector<X509*> sent{cert};
+        if (l.chain) sent.insert(sent.end(), size_t(1 + l.copies), issuer);
+        save(leaf(l.kind), sent, nullptr);
         save(this->key(l.kind), {}, key);
         X509_free(cert);
         EVP_PKEY_free(key);
@@ -311,7 +322,7 @@ struct Upstream::Shared {
     bool stopping = false;
     int listener = -1;
     std::string alpn;  // set once
-    std::string cert_file[16], key_file[16];
+    std::string cert_file[32], key_file[32];
 
     ~Shared() {
         for (auto& [kind, ctx] : contexts) SSL_CTX_free(ctx);
@@ -333,6 +344,8 @@ struct Upstream::Shared {
         return connection <= silent;
     }
     bool misbehave(SSL* ssl, int fd, const std::string& key, int number, const Octets& framed);
+    void talk_without_end(Endless what, int pause_ms, SSL* ssl, int fd);
+    bool answer_by_script(const Options& o, SSL* ssl, const Octets& query);
 };
 
 static Hello read_hello(SSL* ssl) {
@@ -400,6 +413,7 @@ SSL* Upstream::Shared::make_ssl(const Options& o) {
                 return SSL_CLIENT_HELLO_ERROR;
             },
             this);
+        Records::watch(ctx);
         if (o.ticket_lifetime >= 0) SSL_CTX_set_timeout(ctx, o.ticket_lifetime);
         // It is offered, so that a client that would use it does; tickets stay stateless.
         SSL_CTX_set_max_early_data(ctx, 16384);
@@ -525,6 +539,11 @@ bool Upstream::Shared::serve_query(SSL* ssl, int fd, int connection, const Octet
         }
         return false;
     }
+    if (o.endless_after_query) {
+        talk_without_end(o.endless, o.endless_pause_ms, ssl, fd);
+        return false;
+    }
+    if (o.script && answer_by_script(o, ssl, query)) return true;
     if (is_silent(connection)) {
         while (sleep(50)) {
         }
@@ -560,8 +579,135 @@ bool Upstream::Shared::serve_query(SSL* ssl, int fd, int connection, const Octet
         std::lock_guard lock(mutex);
         seen.answers.push_back(a);
     }
-    return misbehave(ssl, fd, key, number, framed);
+    if (!o.unasked.empty() && o.unasked_when == Options::WithAnswer) {
+        put16(framed, int(o.unasked.size()));
+        framed.insert(framed.end(), o.unasked.begin(), o.unasked.end());
+    }
+    const bool go_on = misbehave(ssl, fd, key, number, framed);
+    if (!go_on || o.unasked.empty() || o.unasked_when != Options::AfterAnswer) return go_on;
+    Octets more{uint8_t(o.unasked.size() >> 8), uint8_t(o.unasked.size())};
+    more.insert(more.end(), o.unasked.begin(), o.unasked.end());
+    return sleep(20) && send_all(ssl, more);
 }
+
+bool Upstream::Shared::answer_by_script(const Options& o, SSL* ssl, const Octets& query) {
+    const Octets a = o.script(query);
+    if (a.empty()) return false;
+    Octets framed{uint8_t(a.size() >> 8), uint8_t(a.size())};
+    framed.insert(framed.end(), a.begin(), a.end());
+    {
+        std::lock_guard lock(mutex);
+        seen.answers.push_back(a);
+    }
+    send_all(ssl, framed);
+    return true;
+}
+
+// ---- Without end -------------------------------------------------------------------------------
+
+static bool is_in_the_clear(Endless what) {
+    return what > Endless::Nothing && what <= Endless::DrippedCertificate;
+}
+
+// A ServerHello of TLS 1.2 that a client accepts, and the beginning of a Certificate.
+static Octets hello_and_certificate() {
+    Octets hello{3, 3};
+    hello.insert(hello.end(), 32, 0x11);                               // random
+    hello = hello + Octets{0, 0xc0, 0x2b, 0, 0, 5, 0xff, 1, 0, 1, 0};  // RFC 5746's extension
+    Octets certificate{0, 0x70, 0, 0, 0x6f, 0xfd};                     // 28 kB
+    return plain_record(Handshake, handshake_message(2, hello)) +
+           plain_record(Handshake, Octets{11} + certificate);
+}
+
+// Until the other end has gone, or this one is to stop.
+void Upstream::Shared::talk_without_end(Endless what, int pause_ms, SSL* ssl, int fd) {
+    size_t poured = 0;
+    const auto pour = [&](const Octets& octets) {
+        for (size_t at = 0; at < octets.size();) {
+            const ssize_t n = send(fd, octets.data() + at, octets.size() - at, MSG_NOSIGNAL);
+            if (n <= 0) return false;
+            at += size_t(n);
+        }
+        poured += octets.size();
+        std::lock_guard lock(mutex);
+        seen.most_endless = std::max(seen.most_endless, poured);
+        return !stopping;
+    };
+    const auto drip = [&](const Octets& octets) {
+        for (uint8_t octet : octets)
+            if (!pour({octet}) || !sleep(std::max(pause_ms, 10))) return false;
+        return true;
+    };
+    const Octets request = handshake_message(HelloRequest, {});
+    const Octets warning{1, 90};  // user_canceled
+    std::unique_ptr<Records> records;
+    if (!is_in_the_clear(what)) records = std::make_unique<Records>(ssl);
+    if (what == Endless::DrippedHello) {  // each octet in a record
+        for (uint8_t octet : handshake_message(2, Octets(4000, 3)))
+            if (!pour(plain_record(Handshake, {octet})) || !sleep(std::max(pause_ms, 10))) return;
+        return;
+    }
+    if (what == Endless::DrippedRecord) {
+        drip(plain_record(Handshake, handshake_message(2, Octets(4000, 3))));
+        return;
+    }
+    if (what == Endless::DrippedCertificate) {
+        if (!pour(hello_and_certificate())) return;
+        for (int i = 0; i < 28000; i++)
+            if (!pour(plain_record(Handshake, {0})) || !sleep(pause_ms)) return;
+        return;
+    }
+    if (what == Endless::DrippedTicket) {
+        while (drip(records->ticket())) {
+        }
+        return;
+    }
+    const auto one = [&]() -> Octets {
+        switch (what) {
+            case Endless::HelloRequests:
+                return plain_record(Handshake, request);
+            case Endless::Warnings:
+                return plain_record(Alert, warning);
+            case Endless::WarningsAndRequests:
+                return plain_record(Alert, warning) + plain_record(Handshake, request);
+            case Endless::EmptyRecords:
+                return plain_record(Handshake, {});
+            case Endless::Tickets:
+                return records->ticket();
+            case Endless::KeyUpdates:
+                return records->update_key(false);
+            case Endless::KeyUpdatesWithReply:
+                return records->update_key(true);
+            case Endless::EmptyData:
+                return records->seal(ApplicationData, {});
+            case Endless::SealedWarnings:
+                return records->seal(Alert, warning);
+            default:
+                return records->seal(Handshake, request);
+        }
+    };
+    Octets many;
+    do {
+        if (!is_in_the_clear(what)) many.clear();  // else the same again
+        do {
+            const Octets more = many.size() < 60000 ? one() : Octets();
+            many.insert(many.end(), more.begin(), more.end());
+        } while (pause_ms == 0 && many.size() < 60000);
+    } while (pour(many) && (pause_ms == 0 || sleep(pause_ms)));
+}
+
+// Sends a message with the server's half of the handshake.
+static void say_early(SSL* ssl, const Octets& message) {
+    uint8_t buffer[100];
+    size_t size = 0;
+    Octets framed{uint8_t(message.size() >> 8), uint8_t(message.size())};
+    framed.insert(framed.end(), message.begin(), message.end());
+    while (SSL_read_early_data(ssl, buffer, sizeof buffer, &size) == SSL_READ_EARLY_DATA_SUCCESS) {
+    }
+    SSL_write_early_data(ssl, framed.data(), framed.size(), &size);
+}
+
+// ---- Connections -------------------------------------------------------------------------------
 
 void Upstream::Shared::serve(int fd, int number, const Options& o) {
     const int no_delay = !o.nagle;
@@ -595,8 +741,14 @@ void Upstream::Shared::serve(int fd, int number, const Options& o) {
         std::lock_guard lock(mutex);
         seen.first_octets.push_back(first);
     }
+    if (is_in_the_clear(o.endless)) {
+        talk_without_end(o.endless, o.endless_pause_ms, nullptr, fd);
+        return;
+    }
     SSL* ssl = make_ssl(o);
     SSL_set_fd(ssl, fd);
+    if (o.endless != Endless::Nothing) Records::prepare(ssl);
+    if (!o.unasked.empty() && o.unasked_when == Options::WithHandshake) say_early(ssl, o.unasked);
     // None at all if none is asked for: it would change how the other end acknowledges.
     if (o.handshake_ms > 0) usleep(1000 * unsigned(o.handshake_ms));
     if (SSL_accept(ssl) == 1) {
@@ -615,6 +767,10 @@ void Upstream::Shared::serve(int fd, int number, const Options& o) {
         int answered = 0;
         bool go_on = o.accept == Options::Serve;
         if (!go_on) SSL_shutdown(ssl);
+        if (o.endless != Endless::Nothing && !o.endless_after_query) {
+            talk_without_end(o.endless, o.endless_pause_ms, ssl, fd);
+            go_on = false;
+        }
         while (go_on) {
             errno = 0;
             const int n = SSL_read(ssl, buffer, sizeof buffer);

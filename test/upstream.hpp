@@ -47,7 +47,12 @@ enum class Cert {
     Backup,
     Chained,
     NoIntermediate,
-    FalseCa
+    FalseCa,
+    IpAddress,  // its name is 127.0.0.1
+    Fair28kB,   // one large certificate, or a long chain
+    Large77kB,
+    Chain77kB,
+    Huge105kB
 };
 struct Certificates {
     Certificates();
@@ -58,6 +63,27 @@ struct Certificates {
     std::string pin(Cert kind) const { return pin(leaf(kind)); }
     static std::string pin(const std::string& file);  // base64 of the SHA-256 of its SPKI
     TempDir dir;
+};
+
+// What a hostile server says without end.
+enum class Endless {
+    Nothing,
+    // In the clear, instead of a handshake:
+    HelloRequests,
+    Warnings,             // alerts that are none
+    WarningsAndRequests,  // in turn, so that neither comes twice in a row
+    EmptyRecords,
+    DrippedHello,        // a ServerHello in pieces of one octet
+    DrippedRecord,       // a record in pieces of one octet
+    DrippedCertificate,  // of TLS 1.2, behind a ServerHello that is good
+    // Under the keys of a handshake that was good:
+    Tickets,  // TLS 1.3
+    KeyUpdates,
+    KeyUpdatesWithReply,  // and the other end must send one, too
+    EmptyData,
+    SealedWarnings,
+    SealedRequests,  // TLS 1.2: HelloRequest
+    DrippedTicket
 };
 
 struct Options {
@@ -81,6 +107,16 @@ struct Options {
     bool alert_ticket = false;  // meets a hello that offers a ticket with an alert
     std::function<bool(const Octets&)>
         refuses{};  // queries that it meets by closing the connection
+
+    Endless endless = Endless::Nothing;
+    bool endless_after_query = false;  // and not at once; of what is said under the keys
+    int endless_pause_ms = 0;          // between two; 0: as many as go
+    // Answers as it is told, octet for octet; where that is empty, as ever.
+    std::function<Octets(const Octets& query)> script{};
+    // A message that nobody asked for: in one record with each answer, in one of its own after it,
+    // or with the handshake, before the client has proved anything.
+    enum Unasked { WithAnswer, AfterAnswer, WithHandshake } unasked_when = WithAnswer;
+    Octets unasked{};
 };
 
 // What a client says first.
@@ -99,6 +135,7 @@ struct Seen {                              // all that came, in order
     std::vector<uint8_t> first_octets;  // of each connection
     int connections = 0, handshakes = 0, resumed = 0, open = 0, most_open = 0;
     int notified = 0, torn = 0;  // closed by the client, with and without close_notify
+    size_t most_endless = 0;     // octets of what has no end, that went into one connection
 
     Octets query(int id) const;  // the last one with that id; throws if there is none
     Octets answer(int id) const;
