@@ -525,11 +525,6 @@ bool Upstream::Shared::serve_query(SSL* ssl, int fd, int connection, const Octet
         }
         return false;
     }
-    if (is_silent(connection)) {
-        while (sleep(50)) {
-        }
-        return false;
-    }
     if (o.refuses && o.refuses(query)) {
         SSL_shutdown(ssl);
         return false;
@@ -553,6 +548,11 @@ bool Upstream::Shared::serve_query(SSL* ssl, int fd, int connection, const Octet
     }
     if (key == "slow" && !sleep(number)) return false;
     if (o.delay_ms && !sleep(o.delay_ms)) return false;
+    if (is_silent(connection)) {
+        while (sleep(50)) {
+        }
+        return false;
+    }
     const Octets a = answer(query, question, key, number);
     Octets framed{uint8_t(a.size() >> 8), uint8_t(a.size())};
     framed.insert(framed.end(), a.begin(), a.end());
