@@ -7,11 +7,12 @@ import contextlib, glob, os, pty, random, re, shutil, socket, ssl, subprocess, s
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROXY, UPSTREAM = (os.path.abspath(path) for path in sys.argv[1:3])
 KINDS = {  # by the first line; the number is how many there must be at least
-    "shell": (r"(apt-get|docker|make|openssl) ", 6), "help": (r"dot-proxy \[options\]", 1),
-    "line": (r"SUCCESS|FAILURE", 2), "totals": (r"TOTALS", 1), "story": (r"#1 \[1\]", 1),
+    "shell": (r"(apt-get|docker|make|nslookup|openssl|ss|systemctl|tcpdump) ", 14),
+    "help": (r"dot-proxy \[options\]", 1), "example": (r"dot-proxy -", 1),
+    "line": (r"READY|SUCCESS|ANSWERED|FAILURE", 2), "totals": (r"TOTALS", 1), "story": (r"#1 \[1\]", 1),
     "octets": (r"#1 \[5\]", 1), "framing": (r"UDP: ", 1), "picture": (r"stub resolver", 1),
     "pod": (r"apiVersion: ", 2), "compose": (r"services:", 1), "unit": (r"\[Unit\]", 1),
-    "unbound": (r"server:", 1), "dnsmasq": (r"no-resolv", 1)}
+    "unbound": (r"server:", 1), "dnsmasq": (r"no-resolv", 1), "corefile": (r"\S+:53 \{", 2)}
 QUERY = bytes.fromhex("123401000001000000000000076578616d706c6503636f6d0000010001")
 
 
@@ -52,6 +53,7 @@ def shell_lines():
 
 def mask(text):
     text = re.sub(r" +[0-9.]+ ms", " T ms", text)
+    text = re.sub(r"^(READY .* asking .*?) and \d+ more$", r"\1", text, flags=re.M)
     text = re.sub(r"[0-9a-f.:]+@\d+", "ADDRESS", text)
     text = re.sub(r"\b([a-zA-Z_]+)=\d+", r"\1=N", text)  # totals
     text = re.sub(r"\d{4}-\d\d-\d\d", "DATE", text)
@@ -89,11 +91,11 @@ class Rig:
                     proxy.wait()
         sys.exit("no free port")
 
-    def run(self, *more, queries=1, to=None):
+    def run(self, *more, queries=1, to=None, query=QUERY):
         """What the program prints for so many queries over UDP, one after the other."""
         with self.proxy(*more, to=to) as (port, proxy, out):
             for n in range(queries):
-                check(ask(port), "no answer")
+                check(ask(port, query), "no answer")
                 # Its line comes after the answer; then the next connection is made ready.
                 wait_for(lambda: len(re.findall("^(SUCC|ANSW|FAIL)", whole(out), re.M)) > n)
                 time.sleep(0.3 if n + 1 < queries else 0)
@@ -163,7 +165,7 @@ def every_block_is_of_a_known_kind():
         blocks(kind)
     lines = read("README.md").split("\n")
     for number, line in enumerate(lines, 1):  # some lines cannot be broken
-        check(len(line) <= 120 or line.startswith(("    apt-get ", "      openssl ", "    TOTALS")),
+        check(len(line) <= 120 or line.startswith(("    apt-get ", "      openssl ", "    TOTALS", "| ")),
               "line", number, "is too wide")
 
 
@@ -175,6 +177,8 @@ def options_are_the_programs():
 
 def accepts(options, what):
     # 192.0.2.1 is nobody's: options that are good end with exit 1 there, and bad ones with 2.
+    known = (path for path in ("/etc/ssl/certs/ca-certificates.crt", "/etc/ssl/cert.pem") if os.path.exists(path))
+    options = [next(known, one) if re.search(r"^/.*\.pem$", one) else one for one in options]
     end = subprocess.run([PROXY, *options, "-l", "192.0.2.1@5300"], capture_output=True, text=True)
     check(end.returncode == 1, what, "is not accepted:", end.stderr)
 
@@ -187,10 +191,75 @@ def commands_are_good():
             for target in re.findall(r" ([a-z]+)(?= |$)", command):
                 check(re.search(r"(?m)^%s:" % target, read("Makefile")), "make has no", target)
         if line.startswith("docker run") and image in line:
-            accepts(line.split(image, 1)[1].split(), line)
+            in_environment = re.findall(r'-e OPTIONS="([^"]*)"', line) + [""]
+            accepts(in_environment[0].split() + line.split(image, 1)[1].split(), line)
+    for block in blocks("example"):
+        for line in block.split("\n"):
+            accepts(line.split()[1:], line)
+
+
+def script(name):  # that the Dockerfile writes to the image's bin/
+    import shlex
+    text, = re.findall(r"(?ms)^RUN printf '%%s\\n' >bin/%s ((?:.*\\\n)*?.*?) && " % name, read("Dockerfile"))
+    return "\n".join(shlex.split(text.replace("\\\n", ""))) + "\n"
+
+
+def shell(text, *arguments, **environment):
+    end = subprocess.run(["sh", "-c", text, "sh", *arguments], capture_output=True, text=True,
+                         env={"PATH": os.environ["PATH"], **environment})
+    check(end.returncode == 0, text, end.stderr)
+    return end.stdout.strip(), end.stderr.strip()
+
+
+def image_starts_with_its_options():
+    everywhere, other = "--listen 0.0.0.0 --listen ::", "--user 65534 "
+    with tempfile.TemporaryDirectory() as dir:
+        own, status = dir + "/resolv.conf", dir + "/status"
+        text = script("start").replace("/dot-proxy", "echo").replace("/etc/resolv.conf", own)
+        text = text.replace("/proc/self/status", status).replace("$(id -u)", "$ID")
+        for options, arguments, rights, user, want in (
+                ("", "", "c0", 0, other + everywhere), ("", "", "20", 0, everywhere),
+                ("", "", "00", 1000, everywhere), ("", "-u quad9", "ff", 0, other + everywhere + " -u quad9"),
+                ("-r 50", "-q", "ff", 0, other + everywhere + " -r 50 -q"),
+                ("-q -l ::1", "-v", "ff", 0, other + "-q -l ::1 -v"),
+                ("", "--listen=127.0.0.1", "ff", 0, other + "--listen=127.0.0.1"),
+                ("", "-l127.0.0.1@5300", "00", 1000, "-l127.0.0.1@5300")):
+            with open(own, "w") as file:
+                file.write("nameserver 192.0.2.1\n")
+            with open(status, "w") as file:
+                file.write("CapEff:\t00000000a80425%s\n" % rights)
+            said, warning = shell(text, *arguments.split(), OPTIONS=options, ID=str(user))
+            check(said == want, "options", options, arguments, "start", said)
+            check(("127.0.0.1" in open(own).read()) == (everywhere in want), "resolv.conf with", want)
+            check(("another user" in warning) == (rights == "20"), "it warns", warning)
+        gone = text.replace(own, "/nonexistent/resolv.conf")
+        check("cannot be written" in shell(gone, ID="1")[1], "it is silent on resolv.conf")
+
+
+def image_is_asked_where_it_listens():
+    with tempfile.NamedTemporaryFile("w") as file:
+        text = script("health").replace("/proc/1/cmdline", file.name).replace("exec nslookup", "echo")
+        for words, options, want in (
+                ("/dot-proxy --user 1 --listen 0.0.0.0 --listen ::", "", "[127.0.0.1]:53"),
+                ("/dot-proxy -l 127.0.0.1@5300 -l ::1", "", "[127.0.0.1]:5300"),
+                ("/dot-proxy --listen=::@54 -q", "", "[::1]:54"), ("/dot-proxy -l172.28.0.53", "", "[172.28.0.53]:53"),
+                ("/sbin/docker-init -- /bin/start -q", "-r 5 -l fd00::1@55", "[fd00::1]:55"),
+                ("/pause", "", "[127.0.0.1]:53")):
+            file.seek(0)
+            file.truncate()
+            file.write(words.replace(" ", "\0") + "\0")
+            file.flush()
+            said = shell(text, OPTIONS=options)[0]
+            check(said == "-type=a resolver.arpa " + want, words, options, "is asked", said)
+
+
+def image_is_labelled():
     docker = read("Dockerfile")
-    check(re.search(r'(?s)ENTRYPOINT .*exec /dot-proxy .*\\"\$@\\"", "dot-proxy"\]', docker), "ENTRYPOINT")
-    check(re.search(r"for tool in [a-z ]*nslookup.*/image/bin/\$tool", docker), "no nslookup in the image")
+    version = subprocess.run([PROXY, "--version"], capture_output=True, text=True, check=True).stdout.split()[1]
+    check('version="%s"' % version in docker, "the label is not", version)
+    check(re.search(r"for tool in [a-z ]*nslookup.* bin/\$tool", docker), "no nslookup in the image")
+    for name in re.findall(r"image: \S*dot-proxy-server\S*", read("README.md")):
+        check(name.endswith(":" + version), name, "is not of version", version)
 
 
 def pin_is_computed_so():
@@ -211,6 +280,7 @@ def lines_are_the_programs():
     want = {mask(line) for block in blocks("line") for line in block.split("\n")}
     with Rig() as rig:
         have = rig.run(queries=2)
+        have += rig.run(query=query_for("servfail.test"))
         have += rig.run(to=rig.options[1].replace("dot.test", "wrong.test"))
     missing = want - {mask(line) for line in have.split("\n")}
     check(not missing, "never printed:", missing, "but", have)
@@ -290,22 +360,25 @@ def load_yaml(text):
 
 def check_containers(pod, text):
     check(pod["containers"], "no containers")
+    pod_context = pod["securityContext"]
+    check(pod_context["seccompProfile"] == {"type": "RuntimeDefault"}, "seccompProfile")
     for one in pod.get("initContainers", []) + pod["containers"]:
-        check(one["name"] and one["image"], "a container without a name or image")
+        check(one["name"] and ":" in one["image"], "a container without a name, or an image without a tag")
+        check(one["securityContext"]["capabilities"]["drop"] == ["ALL"], "capabilities")
+        check(one["securityContext"]["allowPrivilegeEscalation"] is False, "privilege escalation")
+        check("ports" not in one, "ports, which the host's network does not need")
+        for kind in ("startupProbe", "readinessProbe", "livenessProbe"):  # of the proxy, not of its resolver
+            check(one.get(kind, {}).get("exec", {"command": ["/bin/health"]}) == {"command": ["/bin/health"]}, kind)
         command = one.get("command", [])
         if command[:1] == ["/dot-proxy"]:
             accepts(command[1:], one["name"])
             context = one["securityContext"]
-            check(context["capabilities"]["drop"] == ["ALL"], "capabilities")
             check(context["readOnlyRootFilesystem"], "a root file system that is writable")
             check("memory" in one["resources"]["limits"], "no limits")
-            probe = one["readinessProbe"]["exec"]["command"]
-            check(probe[0] == "/bin/nslookup" and probe[2] == command[2], "another is probed")
-            sysctls = pod.get("securityContext", {}).get("sysctls", [])
+            check("startupProbe" in one or "readinessProbe" in one, "no probe")
+            sysctls = pod_context.get("sysctls", [])
             check(any(s["name"].endswith("port_start") and s["value"] == "53" for s in sysctls) or
                   "NET_BIND_SERVICE" in context["capabilities"].get("add", []), "port 53 is closed")
-    ports = {(p["containerPort"], p["protocol"]) for c in pod["containers"] for p in c.get("ports", [])}
-    check(not ports or ports == {(53, "UDP"), (53, "TCP")}, "ports", ports)
 
 
 def kubernetes_snippets_parse():
@@ -316,12 +389,18 @@ def kubernetes_snippets_parse():
             check(y["apiVersion"] == "v1" and y["spec"]["dnsPolicy"] == "None", "pod")
             check(y["spec"]["dnsConfig"]["nameservers"] == ["127.0.0.1"], "nameservers")
             check_containers(y["spec"], text)
+            check(y["spec"]["securityContext"]["runAsNonRoot"], "it may be root")  # for "restricted"
+            check(all("add" not in c["securityContext"]["capabilities"]
+                      for c in y["spec"]["initContainers"] + y["spec"]["containers"]), "it has a capability")
         else:
             check((y["apiVersion"], y["kind"]) == ("apps/v1", "DaemonSet"), y["kind"])
             template = y["spec"]["template"]
             labels = y["spec"]["selector"]["matchLabels"]
             check(labels == template["metadata"]["labels"], "the labels differ")
             check(template["spec"]["hostNetwork"] is True, "not on the host's network")
+            check(template["spec"]["tolerations"] == [{"operator": "Exists"}], "tolerations")
+            forward = re.search(r"forward \. (\S+)", "\n".join(blocks("corefile")))[1]
+            check("--listen, %s," % forward in text, "CoreDNS asks another address:", forward)
             check_containers(template["spec"], text)
 
 
@@ -333,7 +412,7 @@ def compose_file_parses():
         (net, own), = dns["networks"].items()
         subnet = ipaddress.ip_network(y["networks"][net]["ipam"]["config"][0]["subnet"])
         check(ipaddress.ip_address(own["ipv4_address"]) in subnet, "its address is not in", subnet)
-        accepts(dns["command"], "compose")
+        accepts(dns["environment"]["OPTIONS"].split(), "compose")
         for name, service in y["services"].items():
             check(("image" in service) != ("build" in service), name)
             check(set(service["networks"]) <= set(y["networks"]), name, "networks")
@@ -355,6 +434,9 @@ def unit_verifies():
             with open(path, "w") as file:
                 file.write(text.replace("/usr/local/bin/dot-proxy", PROXY) + "\n")
             end = subprocess.run(["systemd-analyze", "verify", path], capture_output=True, text=True)
+            for key in ("Type=notify", "Restart=always", "StartLimitIntervalSec=0", "Before=nss-lookup.target"):
+                check(key in text.split("\n"), "no", key)
+            check("AF_UNIX" in text, "no family to notify systemd by")
             # Of unknown keys it only warns; of other units of the machine it may, too.
             mine = [one for one in end.stderr.split("\n") if "dot-proxy.service" in one]
             check(end.returncode == 0 and not mine, "systemd-analyze verify:", end.stderr)
