@@ -12,7 +12,7 @@ KINDS = {  # by the first line; the number is how many there must be at least
     "line": (r"READY|SUCCESS|ANSWERED|FAILURE", 2), "totals": (r"TOTALS", 1), "story": (r"#1 \[1\]", 1),
     "octets": (r"#1 \[5\]", 1), "framing": (r"UDP: ", 1), "picture": (r"stub resolver", 1),
     "pod": (r"apiVersion: ", 2), "compose": (r"services:", 1), "unit": (r"\[Unit\]", 1),
-    "unbound": (r"server:", 1), "dnsmasq": (r"no-resolv", 1), "corefile": (r"\S+:53 \{", 2)}
+    "resolved": (r"\[Resolve\]", 1), "unbound": (r"server:", 1), "dnsmasq": (r"no-resolv", 1), "corefile": (r"\S+:53 \{", 2)}
 QUERY = bytes.fromhex("123401000001000000000000076578616d706c6503636f6d0000010001")
 
 
@@ -362,7 +362,10 @@ def check_containers(pod, text):
     check(pod["containers"], "no containers")
     pod_context = pod["securityContext"]
     check(pod_context["seccompProfile"] == {"type": "RuntimeDefault"}, "seccompProfile")
+    known = {"name", "image", "command", "restartPolicy", "startupProbe", "readinessProbe", "resources",
+             "securityContext"}
     for one in pod.get("initContainers", []) + pod["containers"]:
+        check(set(one) <= known, "unknown keys of a container:", set(one) - known)
         check(one["name"] and ":" in one["image"], "a container without a name, or an image without a tag")
         check(one["securityContext"]["capabilities"]["drop"] == ["ALL"], "capabilities")
         check(one["securityContext"]["allowPrivilegeEscalation"] is False, "privilege escalation")
@@ -440,6 +443,11 @@ def unit_verifies():
             # Of unknown keys it only warns; of other units of the machine it may, too.
             mine = [one for one in end.stderr.split("\n") if "dot-proxy.service" in one]
             check(end.returncode == 0 and not mine, "systemd-analyze verify:", end.stderr)
+
+
+def resolved_block_has_both_lines():  # it takes a booted systemd to see what they do
+    for text in blocks("resolved"):
+        check(text.split("\n")[1:] == ["DNS=127.0.0.1", "Domains=~."], "systemd-resolved asks others too")
 
 
 def unbound_snippet_parses():
