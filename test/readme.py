@@ -55,6 +55,7 @@ def mask(text):
     text = re.sub(r" +[0-9.]+ ms", " T ms", text)
     text = re.sub(r"^(READY .* asking .*?) and \d+ more$", r"\1", text, flags=re.M)
     text = re.sub(r"[0-9a-f.:]+@\d+", "ADDRESS", text)
+    text = re.sub(r"ADDRESS(, ADDRESS)+", "ADDRESS", text)
     text = re.sub(r"\b([a-zA-Z_]+)=\d+", r"\1=N", text)  # totals
     text = re.sub(r"\d{4}-\d\d-\d\d", "DATE", text)
     return re.sub(r"cloudflare-dns\.com|dns\.example|dot\.test|wrong\.test", "NAME", text)
