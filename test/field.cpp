@@ -228,7 +228,7 @@ TEST("field.a_resolver_that_is_deaf_from_the_start_costs_no_query_under_load") {
 }
 
 // It was well, and falls silent while many ask.
-// Before: NOERROR.
+// Before: NOERROR, or SERVFAIL after 4 s for a fifth of them on a busy machine.
 TEST("field.a_resolver_that_falls_silent_under_load_costs_no_query") {
     Certificates certificates;
     Upstream first(certificates), next(certificates);
