@@ -26,8 +26,13 @@
 using Lock = std::lock_guard<std::mutex>;
 Settings settings;
 
+static std::mutex printing;
+
 void say(std::string line) {
     line += '\n';
+    // With -vv a line may be longer than what a pipe takes in one piece.
+    std::unique_lock<std::mutex> lock(printing, std::defer_lock);
+    if (settings.verbose >= 2) lock.lock();
     // A reader who is gone, or a full disk, must not stop the service.
     (void)!write(STDOUT_FILENO, line.data(), line.size());
 }
@@ -565,6 +570,7 @@ static std::string flags_in_words(int flags) {
 static std::string data_in_words(const Bytes& m, const Field& field, size_t end) {
     char address[INET6_ADDRSTRLEN] = "";
     const size_t size = end - field.begin;
+    if (size == 0) return "";
     switch (field.type) {
         case TYPE_A:
             if (size == 4) return inet_ntop(AF_INET, &m[field.begin], address, sizeof address);
@@ -902,7 +908,7 @@ static Bytes head_of(const Bytes& m, const Layout& layout) {
     return head;
 }
 
-Bytes cut(const Query& query, const Bytes& answer, size_t most_udp) {  // [8]
+Bytes cut(const Query& query, Bytes answer, size_t most_udp) {  // [8]
     if (query.tcp) return answer;
     const size_t limit = std::clamp<size_t>(query.layout.udp_size, 512, most_udp);
     if (answer.size() <= limit) return answer;
@@ -1322,7 +1328,7 @@ struct Failure {
         CLOSED,     // the other end refused, reset or closed the connection
         FAULT,      // the other end could not prove who it is, or broke a protocol
     };
-    enum Stage { STARTED, CONNECTED, VERIFIED };  // how far the try had got
+    enum Stage { STARTED, CONNECTED, VERIFIED, ASKED };  // how far the try had got
     Cause cause;
     Stage stage;
     std::string why;
@@ -1352,7 +1358,7 @@ public:
     bool answer(Outcome outcome) {
         if (was_answered.exchange(true)) return false;
         try {
-            outcome.answer = cut(query, outcome.answer, size_t(settings.max_udp));
+            outcome.answer = cut(query, std::move(outcome.answer), size_t(settings.max_udp));
             finish(outcome);
         } catch (...) {
             was_answered = false;  // Nothing was sent: the destructor will try again.
@@ -1407,7 +1413,7 @@ public:
         if (!costs_a_try) one.asked--;
         if (is_end) was_closed++;
         one.not_before = Clock::now() + one.pause;
-        one.pause *= 2;
+        one.pause = std::min<Duration>(2 * one.pause, milliseconds(400));
         // The reason that the client's line tells is that of the try which got furthest.
         const int rank = failure.cause == Failure::LOCAL ? -1 : failure.stage;
         if (rank < furthest) return;
@@ -1577,8 +1583,10 @@ public:
         deadline = Clock::now() + milliseconds(5);
         wake_at = deadline;
         // RFC 8446 6.1: otherwise the other end could not tell this from an attacker's cut.
-        if (is_verified && !has_failed) SSL_shutdown(ssl.get());
-        if (is_verified) upstream.open--;
+        if (is_verified && !has_failed) {
+            SSL_shutdown(ssl.get());
+            upstream.open--;
+        }
         ssl.reset();
         if (fd >= 0) close(fd);
     }
@@ -1588,6 +1596,7 @@ public:
         transaction = whom;
         is_joined = false;
         late_at = Time::max();
+        if (stage == Failure::ASKED) stage = Failure::VERIFIED;
         if (whom) deadline = whom->query.deadline;
     }
 
@@ -1604,6 +1613,7 @@ public:
         stage = Failure::VERIFIED;
         is_verified = true;
         upstream.open++;
+        if (!is_alive()) throw failure(Failure::CLOSED, "closed the connection at once");
         upstream.group = int(SSL_get_negotiated_group(ssl.get()));
         upstream.health.verified(upstream.address.str());
         upstream.stock.dialled(Clock::now() - begun);
@@ -1618,7 +1628,7 @@ public:
             Clock::now() + std::clamp<Duration>(usual * 3 / 2, milliseconds(4), milliseconds(300));
         wake_at = std::min(until, deadline);
         octets_left = most_octets;
-        if (!is_quiet()) throw failure(Failure::CLOSED, "closed the connection");
+        if (!is_quiet()) throw failure(Failure::CLOSED, "closed the connection at once");
     }
 
     // Whether it can be used: the other end has not closed it, and has sent nothing but tickets.
@@ -1635,6 +1645,7 @@ public:
     // [5] RFC 7858 3.3: the length and the message leave together, in one record.
     void write(const Bytes& framed) {
         expect_within(is_ready ? 1.5 : 3);  // A new one's answer may wait behind tickets.
+        stage = Failure::ASKED;
         persist([&] { return is_done(SSL_write(ssl.get(), framed.data(), int(framed.size()))); });
     }
 
@@ -1661,6 +1672,7 @@ public:
 
     // The failure to throw.
     Failure failure(Failure::Cause cause, const std::string& why) {
+        if (is_verified && !has_failed) upstream.open--;
         has_failed = true;
         tell(is_verified ? 6 : 4, why);
         return {cause, stage, why};
@@ -1967,19 +1979,17 @@ static bool join(Transaction& transaction, Upstream& upstream) {
 }
 
 // What a failure says of the upstream. What goes wrong after it has proved who it is says more of
-// the query's name than of the upstream, and a timeout was told when it was late. Returns whether
-// the upstream has refused the connection as it serves enough others.
-static bool learn_from(const Failure& failure, Upstream& upstream) {
+// the query's name than of the upstream; and that it was late is told already.
+static void learn_from(const Failure& failure, Upstream& upstream) {
     if (failure.cause == Failure::LOCAL) upstream.health.pass_over();
-    if (failure.cause != Failure::CLOSED && failure.cause != Failure::FAULT) return false;
-    if (failure.stage == Failure::VERIFIED) return false;
+    if (failure.cause != Failure::CLOSED && failure.cause != Failure::FAULT) return;
+    if (failure.stage == Failure::ASKED) return;
     upstream.stock.drop_dead();
     if (failure.cause == Failure::CLOSED && upstream.open > 0) {
-        upstream.stock.refused();
-        return true;
+        upstream.stock.refused();  // It serves others, and wants no more.
+    } else {
+        upstream.health.at_fault(upstream.address.str() + " " + failure.why);
     }
-    upstream.health.at_fault(upstream.address.str() + " " + failure.why);
-    return false;
 }
 
 // Opens a connection ahead of the query that will use it, and parks it.
@@ -2030,8 +2040,8 @@ static void learn_from_answer(Transaction& transaction, Upstream& upstream,
     if (connection.is_ready) {
         upstream.stock.used();
     } else if (transaction.has_used_all_ready(upstream)) {
-        // A new connection brought what the ready ones did not: they are dead, and so are those that
-        // are as old. It is so after a change of networks.
+        // A new connection brought what the ready ones did not: they are dead, and so are those
+        // that are as old. It is so after a change of networks.
         upstream.stock.drop_older_than(connection.opened);
     }
 }
@@ -2040,11 +2050,16 @@ static void learn_from_answer(Transaction& transaction, Upstream& upstream,
 static void note_failure(Transaction& transaction, Upstream& upstream, const Failure& failure,
                          const Connection* connection) {
     if (failure.cause == Failure::OVERTAKEN) return;
-    const bool is_refused = learn_from(failure, upstream);
-    const bool is_closed = failure.cause == Failure::CLOSED && failure.stage == Failure::VERIFIED;
-    const bool may_have_been_dead = is_closed && connection->is_ready;
-    const bool costs_a_try = !is_refused && !may_have_been_dead && failure.cause != Failure::LOCAL;
-    transaction.failed(upstream, failure, costs_a_try, is_closed && !connection->is_used);
+    learn_from(failure, upstream);
+    const bool is_closed = failure.cause == Failure::CLOSED;
+    const bool was_asked = failure.stage == Failure::ASKED;
+    // A dial that was refused asked nobody. A ready connection may have been dead.
+    bool costs_a_try = true;
+    if (failure.cause == Failure::LOCAL) costs_a_try = false;
+    if (is_closed && !was_asked) costs_a_try = false;
+    if (is_closed && was_asked && connection->is_ready) costs_a_try = false;
+    const bool is_end = is_closed && was_asked && !connection->is_used;
+    transaction.failed(upstream, failure, costs_a_try, is_end);
 }
 
 // Takes a query from step [3] to step [8]: asks one upstream after the other until there is an
@@ -2099,7 +2114,8 @@ static void carry(std::shared_ptr<Transaction> transaction) {
             learn_from_answer(*transaction, *upstream, *connection);
 
             // [8] Other threads may carry the same query: the first answer is the client's.
-            transaction->answer({*clean, true, upstream->name + " " + connection->how()});
+            transaction->answer(
+                {std::move(*clean), true, upstream->name + " " + connection->how()});
             is_answered = true;
         } catch (const Failure& failure) {
             note_failure(*transaction, *upstream, failure, connection.get());

@@ -218,7 +218,7 @@ std::optional<Bytes> unpad(const Query& query, const Bytes& answer, const Layout
 // [8] Returns the answer if it fits, else its header, question and OPT record with TC set. Over UDP
 // 512 octets fit, or as many as the client's OPT record says, but at most `most_udp` (RFC 6891
 // 6.2.5). This comes after unpad(), so that padding does not make an answer too long.
-Bytes cut(const Query& query, const Bytes& answer, size_t most_udp);
+Bytes cut(const Query& query, Bytes answer, size_t most_udp);
 
 // [8] Returns an answer of the proxy's own. For an EDNS client it has an OPT record, and in it an
 // Extended DNS Error (RFC 8914) if `ede` is not negative.

@@ -334,7 +334,7 @@ static void serve_udp(int fd) {
 struct Client {
     Client(int fd, const Address& address, Permit permit, std::shared_ptr<int> of_host)
         : fd(fd), address(address), permit(std::move(permit)), of_host(std::move(of_host)) {
-        sem_init(&in_flight, 0, 16);
+        sem_init(&in_flight, 0, 8);
     }
     ~Client() { close(fd); }
 

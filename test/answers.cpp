@@ -34,6 +34,7 @@ static Options told(const Octets& answer) {
 static void relayed(const Octets& query, const Octets& answer, const Octets& want,
                     const std::string& what) {
     for (bool tcp : {false, true}) {
+        if (!tcp && want.size() > 512) continue;  // It would be cut.
         Pair t(told(answer));
         const auto got = tcp ? t.proxy.tcp(query) : t.proxy.udp(query);
         CHECK_WHY(got, what);
@@ -203,12 +204,12 @@ TEST("answers.data_of_other_types_behind_an_opt_is_left_alone") {
         try_all(
             [&](Message& m) {
                 const int name = behind_opt(m);
-                Octets data{0xc0, uint8_t(name + 20), 0xc0, 0xff, 0xc0, uint8_t(name), 0xff};
+                Octets data{0xc0, 0x50, 0xc0, 0xff, 0xc0, 0x40, 0xff};
                 if (type == 33)
                     data = Octets{0xc0, 0x40, 0xc0, 0x41, 0xc0, 0x50} + wire_name("h.test");
                 m.record(Message::pointer(name), type, data);
-                m.record(Message::pointer(name), 1, {0xc0, uint8_t(name), 0xc0, uint8_t(name)});
-                m.record(Message::pointer(name), 16, {4, 0xc0, uint8_t(name), 0xff, 0xff});
+                m.record(Message::pointer(name), 1, {0xc0, 0x50, 0xc0, 0x51});
+                m.record(Message::pointer(name), 16, {4, 0xc0, 0x50, 0xff, 0xff});
             },
             "type " + std::to_string(type), 255);
 }
@@ -354,6 +355,7 @@ static void unasked(Options::Unasked when, const Proxy::Words& more, int version
         const Answer a = proxy.ask(victim, i % 2);
         CHECK_EQ(a.rcode(), 0);
         CHECK_WHY(has_address_of(a, victim), "the answer is the forged one");
+        usleep(100000);
     }
     // Neither the queries of the first nor those of the second shared a connection with a forgery.
     if (when != Options::WithHandshake) {

@@ -293,7 +293,7 @@ TEST("field.reuse_survives_a_resolver_that_soon_closes_what_is_idle") {
 TEST("field.a_resolver_that_serves_few_connections_at_once_answers_all") {
     Pair p({.delay_ms = 20, .most = 4}, {"-t", "20000"});
     CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
-    for (int i = 0; i < 3; i++) CHECK_EQ(Burst(p.proxy, 40).good, 40);
+    for (int i = 0; i < 3; i++) CHECK_WHY(Burst(p.proxy, 40).good == 40, p.proxy.out());
     CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
 }
 

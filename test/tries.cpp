@@ -113,7 +113,9 @@ TEST("failover.the_next_upstream_answers") {
 // So that the queries which find out that the first one is gone pay no handshake.
 TEST("failover.the_next_upstream_has_as_many_ready_connections") {
     Certificates certificates;
-    Upstream first(certificates, {.delay_ms = 200}), next(certificates);
+    // So slow that the handshakes of a burst are no sign of an overloaded resolver.
+    Upstream first(certificates, {.delay_ms = 200, .handshake_ms = 50});
+    Upstream next(certificates, {.handshake_ms = 50});
     Proxy proxy(certificates, {first.spec(), next.spec()});
     CHECK_EQ(Burst(proxy, 12).answered, 12);
     CHECK(eventually([&] {
