@@ -57,7 +57,7 @@ FROM scratch
 COPY --from=build /image/ /
 LABEL org.opencontainers.image.title="dot-proxy" \
       org.opencontainers.image.description="A DNS to DNS-over-TLS proxy" \
-      org.opencontainers.image.version="0.1"
+      org.opencontainers.image.version="0.2"
 EXPOSE 53/udp 53/tcp
 HEALTHCHECK --interval=4s --timeout=6s CMD ["/bin/health"]
 ENTRYPOINT ["/bin/start"]

@@ -177,10 +177,13 @@ def options_are_the_programs():
 
 
 def accepts(options, what):
-    # 192.0.2.1 is nobody's: options that are good end with exit 1 there, and bad ones with 2.
+    # Options that are good end with exit 1, as the port is taken, and bad ones with 2.
     known = (path for path in ("/etc/ssl/certs/ca-certificates.crt", "/etc/ssl/cert.pem") if os.path.exists(path))
     options = [next(known, one) if re.search(r"^/.*\.pem$", one) else one for one in options]
-    end = subprocess.run([PROXY, *options, "-l", "192.0.2.1@5300"], capture_output=True, text=True)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
+        taken.bind(("127.0.0.1", 0))
+        options += ["-l", "127.0.0.1@%d" % taken.getsockname()[1]]
+        end = subprocess.run([PROXY, *options], capture_output=True, text=True, timeout=60)
     check(end.returncode == 1, what, "is not accepted:", end.stderr)
 
 
