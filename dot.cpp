@@ -262,24 +262,10 @@ std::vector<Peer> parse_upstream(const std::string& from) {
 enum RecordType : int {
     TYPE_A = 1,
     TYPE_NS = 2,
-    TYPE_MD = 3,
-    TYPE_MF = 4,
     TYPE_CNAME = 5,
-    TYPE_SOA = 6,
-    TYPE_MB = 7,
-    TYPE_MG = 8,
-    TYPE_MR = 9,
     TYPE_PTR = 12,
-    TYPE_MINFO = 14,
-    TYPE_MX = 15,
-    TYPE_TXT = 16,
-    TYPE_RP = 17,
-    TYPE_AFSDB = 18,
-    TYPE_RT = 21,
     TYPE_SIG = 24,
-    TYPE_PX = 26,
     TYPE_AAAA = 28,
-    TYPE_SRV = 33,
     TYPE_OPT = 41,
     TYPE_TSIG = 250,
     TYPE_IXFR = 251,
@@ -325,23 +311,44 @@ static void append16(Bytes& m, size_t value) {
 }
 static void append(Bytes& m, const Bytes& more) { m.insert(m.end(), more.begin(), more.end()); }
 
+// A record type: its number, its name, and where in a record's data other names are: behind so many
+// octets, so many names. These may be compressed (RFC 1035; RFC 3597 4 for some later types).
+struct TypeRow {
+    int type;
+    const char* name;
+    size_t names_at = 0;
+    int names = 0;
+};
+static const TypeRow type_rows[] = {
+    {1, "A"},           {2, "NS", 0, 1},   {3, "MD", 0, 1},  {4, "MF", 0, 1},
+    {5, "CNAME", 0, 1}, {6, "SOA", 0, 2},  {7, "MB", 0, 1},  {8, "MG", 0, 1},
+    {9, "MR", 0, 1},    {12, "PTR", 0, 1}, {13, "HINFO"},    {14, "MINFO", 0, 2},
+    {15, "MX", 2, 1},   {16, "TXT"},       {17, "RP", 0, 2}, {18, "AFSDB", 2, 1},
+    {21, "RT", 2, 1},   {24, "SIG"},       {26, "PX", 2, 2}, {28, "AAAA"},
+    {29, "LOC"},        {33, "SRV", 6, 1}, {35, "NAPTR"},    {39, "DNAME"},
+    {41, "OPT"},        {43, "DS"},        {44, "SSHFP"},    {46, "RRSIG"},
+    {47, "NSEC"},       {48, "DNSKEY"},    {50, "NSEC3"},    {52, "TLSA"},
+    {59, "CDS"},        {60, "CDNSKEY"},   {64, "SVCB"},     {65, "HTTPS"},
+    {250, "TSIG"},      {251, "IXFR"},     {252, "AXFR"},    {255, "ANY"},
+    {257, "CAA"},
+};
+
+static const TypeRow* find_type(int type) {
+    const auto row = std::ranges::find(type_rows, type, &TypeRow::type);
+    return row == std::end(type_rows) ? nullptr : row;
+}
+
+std::string type_name(int type) {
+    if (type == 0) return "-";  // The query has no question.
+    const TypeRow* row = find_type(type);
+    return row ? row->name : "TYPE" + std::to_string(type);
+}
+
 static std::string name_from(const std::map<int, const char*>& names, int number,
                              const char* otherwise) {
     const auto found = names.find(number);
     if (found != names.end()) return found->second;
     return otherwise + std::to_string(number);
-}
-
-std::string type_name(int type) {
-    static const std::map<int, const char*> names{
-        {0, "-"},        {1, "A"},      {2, "NS"},      {5, "CNAME"},  {6, "SOA"},    {12, "PTR"},
-        {13, "HINFO"},   {15, "MX"},    {16, "TXT"},    {24, "SIG"},   {28, "AAAA"},  {29, "LOC"},
-        {33, "SRV"},     {35, "NAPTR"}, {39, "DNAME"},  {41, "OPT"},   {43, "DS"},    {44, "SSHFP"},
-        {46, "RRSIG"},   {47, "NSEC"},  {48, "DNSKEY"}, {50, "NSEC3"}, {52, "TLSA"},  {59, "CDS"},
-        {60, "CDNSKEY"}, {64, "SVCB"},  {65, "HTTPS"},  {99, "SPF"},   {250, "TSIG"}, {251, "IXFR"},
-        {252, "AXFR"},   {255, "ANY"},  {256, "URI"},   {257, "CAA"},
-    };
-    return name_from(names, type, "TYPE");
 }
 
 std::string rcode_name(int rcode) {
@@ -729,26 +736,13 @@ static void append_option(Bytes& options, int code, const Bytes& data) {
     append(options, data);
 }
 
-// How many octets of a record's data come before its names, and how many names there are. RFC 1035
-// lets these be compressed; RFC 3597 4 asks to expect it of a few later types.
-struct NamesInData {
-    size_t before;
-    int names;
-};
-static const std::map<int, NamesInData> names_in_data{
-    {TYPE_NS, {0, 1}},    {TYPE_MD, {0, 1}},    {TYPE_MF, {0, 1}}, {TYPE_CNAME, {0, 1}},
-    {TYPE_SOA, {0, 2}},   {TYPE_MB, {0, 1}},    {TYPE_MG, {0, 1}}, {TYPE_MR, {0, 1}},
-    {TYPE_PTR, {0, 1}},   {TYPE_MINFO, {0, 2}}, {TYPE_MX, {2, 1}}, {TYPE_RP, {0, 2}},
-    {TYPE_AFSDB, {2, 1}}, {TYPE_RT, {2, 1}},    {TYPE_PX, {2, 2}}, {TYPE_SRV, {6, 1}},
-};
-
 // Where the compression pointers in a record's data are. The data begins at `in`.
 static void find_pointers_in_data(Cursor in, size_t end, int type, std::vector<size_t>& pointers) {
-    const auto found = names_in_data.find(type);
-    if (found == names_in_data.end()) return;
+    const TypeRow* row = find_type(type);
+    if (!row || in.at + row->names_at > end) return;
+    in.skip(row->names_at);
     try {
-        in.skip(found->second.before);
-        for (int i = 0; i < found->second.names; i++) {
+        for (int i = 0; i < row->names; i++) {
             const size_t pointer = in.name(true);
             if (in.at > end) return;
             if (pointer) pointers.push_back(pointer);
@@ -1240,9 +1234,15 @@ public:
         return Clock::now() >= renew_at;
     }
 
+    bool was_used_since(Time time) {
+        Lock lock(mutex);
+        return last_use >= time;
+    }
+
     // A ready connection has brought an answer.
     void used() {
         Lock lock(mutex);
+        last_use = Clock::now();
         deaths = 0;
         renew_at = {};
         uses++;
@@ -1296,6 +1296,7 @@ private:
     size_t uses = 0;                                 // since the room grew
     int deaths = 0;                                  // soon and unused, one after the other
     Duration best_dial = seconds(10);
+    Time last_use{};
     Time halved_at{};
     Time renew_at{};
 };
@@ -1632,19 +1633,22 @@ public:
     }
 
     // Whether it can be used: the other end has not closed it, and has sent nothing but tickets.
+    // Looks at what is there, and does not wait.
     bool is_alive() {
-        uint8_t octet;
-        const ssize_t got = recv(fd, &octet, 1, MSG_PEEK | MSG_DONTWAIT);
-        const bool is_nothing_there = got < 0 && errno == EAGAIN;
-        if (is_nothing_there && !SSL_has_pending(ssl.get())) return true;
-        wake_at = Clock::now() + milliseconds(1);
+        if (is_nothing_there() && !SSL_has_pending(ssl.get())) return true;
+        wake_at = Clock::now() + seconds(1);
         octets_left = most_octets;
-        return is_quiet();
+        may_wait = false;
+        const bool is_good = is_quiet();
+        may_wait = true;
+        return is_good;
     }
 
     // [5] RFC 7858 3.3: the length and the message leave together, in one record.
     void write(const Bytes& framed) {
-        expect_within(is_ready ? 1.5 : 3);  // A new one's answer may wait behind tickets.
+        // The answer to a new one may wait behind tickets. The kernel adds up to 8 ms, its own
+        // tick.
+        expect_within(is_ready ? 1.25 : 3);
         stage = Failure::ASKED;
         persist([&] { return is_done(SSL_write(ssl.get(), framed.data(), int(framed.size()))); });
     }
@@ -1805,7 +1809,8 @@ private:
             own.octets_left -= std::min(*done, own.octets_left);
         if (what != BIO_CB_READ && what != BIO_CB_WRITE) return result;
         if (what == BIO_CB_READ && own.octets_left == 0) return -1;
-        if (!own.set_time_limit()) {
+        const bool would_wait = !own.may_wait && own.is_nothing_there();
+        if (would_wait || !own.set_time_limit()) {
             what == BIO_CB_READ ? BIO_set_retry_read(bio) : BIO_set_retry_write(bio);
             return -1;
         }
@@ -1873,6 +1878,11 @@ private:
         tell(4, text("came: %s", subject));
     }
 
+    bool is_nothing_there() const {
+        uint8_t octet;
+        return recv(fd, &octet, 1, MSG_PEEK | MSG_DONTWAIT) < 0 && errno == EAGAIN;
+    }
+
     // Whether nothing comes until `wake_at` but tickets, which OpenSSL takes.
     bool is_quiet() {
         uint8_t octet;
@@ -1892,6 +1902,7 @@ private:
     bool is_verified = false;  // The other end has proved who it is.
     bool has_failed = false;
     bool is_awaiting_answer = false;
+    bool may_wait = true;        // until something comes
     bool is_late = false;        // This step was late.
     bool is_joined = false;      // Another try was begun, as this one is late.
     Time late_at = Time::max();  // when this step is late
@@ -2039,7 +2050,8 @@ static void learn_from_answer(Transaction& transaction, Upstream& upstream,
     upstream.usual_answer.add(Clock::now() - connection.since);
     if (connection.is_ready) {
         upstream.stock.used();
-    } else if (transaction.has_used_all_ready(upstream)) {
+    } else if (transaction.has_used_all_ready(upstream) &&
+               !upstream.stock.was_used_since(transaction.query.taken)) {
         // A new connection brought what the ready ones did not: they are dead, and so are those
         // that are as old. It is so after a change of networks.
         upstream.stock.drop_older_than(connection.opened);
