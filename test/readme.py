@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """README.md is held to what the program does: each of its indented blocks is run, parsed or compared,
-by what it begins with, and a block of no known kind is an error. Times, addresses and the resolver's
+by what it begins with, and a block of no known kind is an error. The code of carry() is in pieces, which are
+compared as one. Times, addresses and the resolver's
 name are masked. usage: readme.py PROXY UPSTREAM GROUP.CASE"""
 import contextlib, glob, os, pty, random, re, shutil, socket, ssl, subprocess, sys, tempfile, threading, time
 
@@ -33,7 +34,7 @@ def skip(why):
 
 def blocks(kind):  # the indented blocks of a kind, without their indent
     found, block = [], []
-    for line in read("README.md").split("\n") + ["."]:
+    for line in read("README.md").replace(carry_section(), "").split("\n") + ["."]:
         if line.startswith("    ") or (block and not line):
             block.append(line)
         elif block:
@@ -45,6 +46,10 @@ def blocks(kind):  # the indented blocks of a kind, without their indent
     some = [one for one in found if re.match(KINDS[kind][0], one)]
     check(len(some) >= KINDS[kind][1], "too few blocks of the kind", kind)
     return some
+
+
+def carry_section():
+    return re.search(r"(?s)\n## The function that carries a query\n.*?(?=\n## )", read("README.md"))[0]
 
 
 def shell_lines():
@@ -541,6 +546,18 @@ def unbound_asks_the_proxy_only():
         config += "\nremote-control:\n    control-enable: no\n"
         heard = asks_the_proxy_only(command, config, "127.0.0.1@5300", "127.0.0.1@%d")
         check(not heard, "the resolver of resolv.conf heard", heard)
+
+
+def carry_is_the_programs():  # its pieces, joined, are the function as it is in dot.cpp
+    section = carry_section().split("\n")
+    have = [line[4:] for line in section if line.startswith("    ")]
+    body, = re.findall(r"(?ms)^static void carry\([^;{]*\{\n.*?^\}$", read("dot.cpp"))
+    want = [line for line in body.split("\n") if line]
+    for one, other in zip(have + [""], want + [""]):
+        check(one == other, "carry() in dot.cpp has\n" + other + "\n-- and not --\n" + one)
+    check(len(have) == len(want), "carry() has", len(want), "lines, and not", len(have))
+    for number in "345678":
+        check(any(re.match(r"\[%s\]: " % number, line) for line in section), "no paragraph of", number)
 
 
 def size_is_as_told():
