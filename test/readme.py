@@ -12,6 +12,7 @@ KINDS = {  # by the first line; the number is how many there must be at least
     "help": (r"dot-proxy \[options\]", 1), "example": (r"dot-proxy -", 1),
     "line": (r"READY|SUCCESS|ANSWERED|FAILURE", 2), "totals": (r"TOTALS", 1), "story": (r"#1 \[1\]", 1),
     "octets": (r"#1 \[5\]", 1), "framing": (r"UDP: ", 1), "picture": (r"stub resolver", 1),
+    "timeline": (r" *ms +the UDP loop", 1),
     "pod": (r"apiVersion: ", 2), "compose": (r"services:", 1), "unit": (r"\[Unit\]", 1),
     "resolved": (r"\[Resolve\]", 1), "unbound": (r"server:", 1), "dnsmasq": (r"no-resolv", 1), "corefile": (r"\S+:53 \{", 2)}
 QUERY = bytes.fromhex("123401000001000000000000076578616d706c6503636f6d0000010001")
@@ -546,6 +547,24 @@ def unbound_asks_the_proxy_only():
         config += "\nremote-control:\n    control-enable: no\n"
         heard = asks_the_proxy_only(command, config, "127.0.0.1@5300", "127.0.0.1@%d")
         check(not heard, "the resolver of resolv.conf heard", heard)
+
+
+def timeline_is_the_programs():  # the steps of a query whose first answer is lost, in this order
+    for block in blocks("timeline"):
+        want = re.findall(r"\[(\d)\]", block)
+        for _ in range(5):  # on a slow machine more than one try may be late
+            with Rig() as rig, rig.proxy("-v") as (port, proxy, out):
+                for n in range(5):
+                    check(ask(port, query_for("a.test")), "no answer")
+                    time.sleep(0.3)
+                check(ask(port, query_for("silent1.test")), "no answer")
+                time.sleep(0.5)
+                lines = re.findall(r"^#6 .*", whole(out), re.M)
+            have = [line[4] for line in lines]
+            if have == want and "overtaken" in lines[-1]:
+                break
+        else:
+            check(False, "-v tells of such a query:", *lines, sep_of(block))
 
 
 def carry_is_the_programs():  # its pieces, joined, are the function as it is in dot.cpp
