@@ -8,11 +8,11 @@ import contextlib, glob, os, pty, random, re, shutil, socket, ssl, subprocess, s
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROXY, UPSTREAM = (os.path.abspath(path) for path in sys.argv[1:3])
 KINDS = {  # by the first line; the number is how many there must be at least
-    "shell": (r"(apt-get|docker|make|nslookup|openssl|ss|systemctl|tcpdump) ", 14),
+    "shell": (r"(apt-get|cd|docker|make|nslookup|openssl|ss|systemctl|tcpdump) ", 15),
     "help": (r"dot-proxy \[options\]", 1), "example": (r"dot-proxy -", 1),
     "line": (r"READY|SUCCESS|ANSWERED|FAILURE", 2), "totals": (r"TOTALS", 1), "story": (r"#1 \[1\]", 1),
     "octets": (r"#1 \[5\]", 1), "framing": (r"UDP: ", 1), "picture": (r"stub resolver", 1),
-    "timeline": (r" *ms +the UDP loop", 1),
+    "timeline": (r" *ms +the UDP loop", 1), "test": (r"TEST\(", 1),
     "pod": (r"apiVersion: ", 2), "compose": (r"services:", 1), "unit": (r"\[Unit\]", 1),
     "resolved": (r"\[Resolve\]", 1), "unbound": (r"server:", 1), "dnsmasq": (r"no-resolv", 1), "corefile": (r"\S+:53 \{", 2)}
 QUERY = bytes.fromhex("123401000001000000000000076578616d706c6503636f6d0000010001")
@@ -579,6 +579,12 @@ def carry_is_the_programs():  # its pieces, joined, are the function as it is in
         check(any(re.match(r"\[%s\]: " % number, line) for line in section), "no paragraph of", number)
 
 
+def a_test_looks_so():
+    sources = "".join(read("test/" + name) for name in os.listdir(TOP + "/test") if name.endswith(".cpp"))
+    for block in blocks("test"):
+        check("\n" + block + "\n" in sources, "there is no such test:", block)
+
+
 def size_is_as_told():
     told = int(re.search(r"about ([\d,]+) lines of code", read("README.md"))[1].replace(",", ""))
     lines = "".join(read(name) for name in ("dot.hpp", "dot.cpp", "main.cpp")).split("\n")
@@ -608,6 +614,11 @@ def names_are_known():  # every test, function, file and option that is named is
         for option in re.findall(r"^--[a-z-]+$", word):
             check(option in blocks("help")[0] or option == "--help", "there is no", option)
     check(sum("." in word for word in words) > 20, "the words are not found")
+    for line in shell_lines():
+        for group in re.findall(r"ctest .*-R (\S+)$", line):
+            check(any(group in name for name in tests), "there is no test", group)
+        for file, test in re.findall(r"build/test/(\w+) (\w+\.\w+)", line):
+            check('TEST("%s")' % test in read("test/%s.cpp" % file), test, "is not in", file)
     for word in re.findall(r": `([a-z]+\.\w+)`", future):
         check(word not in tests, word, "is there already")
 
