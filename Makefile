@@ -1,7 +1,8 @@
 # make | run | demo | bench | test [SANITIZE=address,undefined|thread] | clean. See README.md.
 # exercises: prove the code-review exercises | exercise N=07: a copy of the tree with that one applied.
 # Longer tests: fuzz [SECONDS=60] | soak [N=200000] |
-# outage [SECONDS=60] | flood. They fail if they find something.
+# outage [SECONDS=60] | flood | chaos [SECONDS=600] of each of six programs.
+# They fail if they find something.
 SANITIZE =
 COMMA = ,
 DIR = build$(if $(SANITIZE),/$(subst $(COMMA),-,$(SANITIZE)))
@@ -18,7 +19,7 @@ $(DIR)/dot-proxy: main.cpp dot.cpp dot.hpp Makefile
 run: $(DIR)/dot-proxy
 	$< --listen 127.0.0.1@5300
 
-LONG = seeds soak outage flood
+LONG = seeds soak outage flood chaos
 $(addprefix $(DIR)/test/,all upstream $(LONG)): $(DIR)/test/%: $(DIR)/dot-proxy
 	cmake -S test -B $(DIR)/test -DPROXY=$(abspath $<) -DSANITIZE=$(SANITIZE) >/dev/null
 	@+cmake --build $(DIR)/test --target $* -j $$(nproc) >/dev/null
@@ -46,6 +47,14 @@ outage: $(DIR)/test/outage
 flood: $(DIR)/test/flood
 	@PROXY=$(abspath $(DIR)/dot-proxy) $<
 
+chaos: SECONDS = 600
+chaos:
+	@for with in thread address,undefined ''; do \
+	  $(MAKE) --no-print-directory SANITIZE=$$with SECONDS=$(SECONDS) chaos-of-two || exit 1; done
+chaos-of-two: $(DIR)/test/chaos
+	@echo "$(DIR)/dot-proxy, $(SECONDS) s, and again with --reuse and -vv"
+	@PROXY=$(abspath $(DIR)/dot-proxy) SECONDS=$(SECONDS) $<
+
 exercises:
 	@test/exercises/prove.sh
 
@@ -58,4 +67,4 @@ exercise:
 
 clean:
 	rm -rf build
-.PHONY: run demo bench test fuzz soak outage flood exercises exercise clean $(addprefix $(DIR)/test/,all upstream $(LONG))
+.PHONY: run demo bench test fuzz soak outage flood chaos chaos-of-two exercises exercise clean $(addprefix $(DIR)/test/,all upstream $(LONG))
