@@ -1,14 +1,31 @@
-# make | run | demo | bench | test [SANITIZE=address,undefined|thread] | clean. See README.md.
-# exercises: prove the code-review exercises | exercise N=07: a copy of the tree with that one applied.
-# Longer tests: fuzz [SECONDS=60] | soak [N=200000] |
-# outage [SECONDS=60] | flood | chaos [SECONDS=600] of each of six programs.
-# They fail if they find something.
+# make                  builds build/dot-proxy
+# make run              on 127.0.0.1, port 5300
+# make demo             one query without internet, its story and its octets
+# make install          into PREFIX=/usr/local (and DESTDIR); make uninstall takes it away
+# make test             all tests; SANITIZE=address,undefined or SANITIZE=thread
+# make exercise N=07    a copy of the tree with that contribution applied, to be reviewed
+# make exercises        proves all of them
+# make bench            beside the forwarders that are installed
+# make fuzz             gives any octets to the pure functions; SECONDS=60 for each
+# make soak             clients and resolvers of every bad manner; N=200000 queries
+# make outage           one of two resolvers is killed each second; SECONDS=60
+# make flood            what a flood takes from an honest client
+# make chaos            all bad manners at once; SECONDS=600 in each of six programs
+# make clean            removes build/
+# README.md says more.
+
 SANITIZE =
 COMMA = ,
 DIR = build$(if $(SANITIZE),/$(subst $(COMMA),-,$(SANITIZE)))
 CXXFLAGS = -O2 -g -Wall -Wextra
 STRICT = -std=c++20 -pthread $(if $(SANITIZE),-fsanitize=$(SANITIZE) -fno-sanitize=vptr -fno-omit-frame-pointer)
 JOBS = $(shell echo $$((2 * $$(nproc))))
+
+all: $(DIR)/dot-proxy
+	@echo "$< is built; \"make help\" lists what else can be made."
+
+help:
+	@sed -n '/^$$/q; s/^# //p' $(firstword $(MAKEFILE_LIST))
 
 $(DIR)/dot-proxy: main.cpp dot.cpp dot.hpp Makefile
 	@command -v $(CXX) >/dev/null && echo '#include <openssl/ssl.h>' | $(CXX) -E -x c++ - >/dev/null 2>&1 || \
@@ -19,8 +36,16 @@ $(DIR)/dot-proxy: main.cpp dot.cpp dot.hpp Makefile
 run: $(DIR)/dot-proxy
 	$< --listen 127.0.0.1@5300
 
+PREFIX = /usr/local
+install: $(DIR)/dot-proxy
+	install -D -m 755 $< $(DESTDIR)$(PREFIX)/bin/dot-proxy
+
+uninstall:
+	rm -f $(DESTDIR)$(PREFIX)/bin/dot-proxy
+
 LONG = seeds soak outage flood chaos
 $(addprefix $(DIR)/test/,all upstream $(LONG)): $(DIR)/test/%: $(DIR)/dot-proxy
+	@command -v cmake >/dev/null || { echo "needs CMake: apt-get install cmake" >&2; exit 1; }
 	cmake -S test -B $(DIR)/test -DPROXY=$(abspath $<) -DSANITIZE=$(SANITIZE) >/dev/null
 	@+cmake --build $(DIR)/test --target $* -j $$(nproc) >/dev/null
 
@@ -67,4 +92,4 @@ exercise:
 
 clean:
 	rm -rf build
-.PHONY: run demo bench test fuzz soak outage flood chaos chaos-of-two exercises exercise clean $(addprefix $(DIR)/test/,all upstream $(LONG))
+.PHONY: all help install uninstall run demo bench test fuzz soak outage flood chaos chaos-of-two exercises exercise clean $(addprefix $(DIR)/test/,all upstream $(LONG))

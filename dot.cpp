@@ -1,113 +1,257 @@
 // dot.cpp - how a query travels, in the order of the steps of dot.hpp.
 //
-// What the user's words mean comes first, then messages (pure functions over octets), streams and
-// framing, who may ask, upstreams, TLS, and last the whole way. Nothing here knows of argv,
-// listeners or signals.
+// What the user asked for comes first. Messages follow: pure functions over octets. Then come
+// streams, who may ask, threads, upstreams, TLS connections, and last the whole way, where all of
+// it meets in one function: carry(). Nothing here knows of argv, listeners or signals.
 #include "dot.hpp"
 
 #include <arpa/inet.h>
+#include <fcntl.h>
+#include <netinet/tcp.h>
 #include <openssl/err.h>
 #include <openssl/ssl.h>
 #include <openssl/x509v3.h>
-#include <poll.h>
-#include <resolv.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
 #include <deque>
-#include <regex>
+#include <filesystem>
+#include <map>
+#include <mutex>
+#include <thread>
 
-using Lock = std::lock_guard<std::recursive_mutex>;  // a look at a connection may bring a ticket
+using Lock = std::lock_guard<std::mutex>;
 Settings settings;
+
+static std::mutex printing;
 
 void say(std::string line) {
     line += '\n';
-    // A reader who is gone or a full disk must not stop the service.
+    // With -vv a line may be longer than what a pipe takes in one piece.
+    std::unique_lock<std::mutex> lock(printing, std::defer_lock);
+    if (settings.verbose >= 2) lock.lock();
+    // A reader who is gone, or a full disk, must not stop the service.
     (void)!write(STDOUT_FILENO, line.data(), line.size());
 }
 
-static std::mutex counting;  // guards what follows
-static std::map<std::string, int> counts{{"udp", 0}, {"tcp", 0}, {"success", 0}, {"failure", 0}};
+static std::mutex counting;  // guards `counts`
+static std::map<std::string, int64_t> counts{
+    {"udp", 0}, {"tcp", 0}, {"success", 0}, {"failure", 0}};
 
-void count(std::string name, int more, bool most) {
+static std::string without_spaces(std::string name) {
     std::replace(name.begin(), name.end(), ' ', '_');
-    std::lock_guard lock(counting);
-    counts[name] = most ? std::max(counts[name], more) : counts[name] + more;
+    return name;
+}
+
+void count(const std::string& name, int64_t more) {
+    Lock lock(counting);
+    counts[without_spaces(name)] += more;
+}
+
+void count_highest(const std::string& name, int64_t value) {
+    Lock lock(counting);
+    int64_t& highest = counts[without_spaces(name)];
+    highest = std::max(highest, value);
 }
 
 std::string totals() {
-    std::lock_guard lock(counting);
+    Lock lock(counting);
     std::string line = "TOTALS";
-    for (auto& [name, number] : counts) line += " " + name + "=" + std::to_string(number);
+    for (const auto& [name, number] : counts) line += " " + name + "=" + std::to_string(number);
     return line;
 }
 
 // ---- What the user asked for -------------------------------------------------------------------
 
+socklen_t Address::size() const {
+    if (is_v4()) return sizeof v4;
+    return sizeof v6;
+}
+
+static const uint8_t* octets_of(const Address& address) {
+    if (address.is_v4()) return reinterpret_cast<const uint8_t*>(&address.v4.sin_addr);
+    return reinterpret_cast<const uint8_t*>(&address.v6.sin6_addr);
+}
+
+std::string Address::host() const {
+    char name[INET6_ADDRSTRLEN] = "?";
+    inet_ntop(any.sa_family, octets_of(*this), name, sizeof name);
+    return name;
+}
+
+std::string Address::str() const { return host() + "@" + std::to_string(port()); }
+
 std::string Address::bits() const {
     std::string bits = is_v4() ? "4" : "6";
-    for (int i = 0; i < (is_v4() ? 32 : 128); i++)
-        bits += octets()[i / 8] & (128 >> i % 8) ? '1' : '0';
+    const int length = is_v4() ? 32 : 128;
+    for (int i = 0; i < length; i++) {
+        const int octet = octets_of(*this)[i / 8];
+        const bool bit = octet & (0x80 >> (i % 8));
+        bits += bit ? '1' : '0';
+    }
     return bits;
 }
 
-std::string Address::str() const {
-    char name[INET6_ADDRSTRLEN] = "?";
-    inet_ntop(any.sa_family, octets(), name, sizeof name);
-    return text("%s@%d", name, ntohs(v4.sin_port));
+int parse_number(const std::string& from, int least, int most) {
+    const bool is_digits = from.find_first_not_of("0123456789") == from.npos;
+    if (is_digits && !from.empty() && from.size() <= 9) {
+        const int number = std::stoi(from);
+        if (number >= least && number <= most) return number;
+    }
+    throw BadOption(text("'%.100s' is not a number from %d to %d", from.c_str(), least, most));
 }
 
-int parse_number(const std::string& from, int least, int most, const std::string& what) {
-    const int number = std::regex_match(from, std::regex("[0-9]{1,9}")) ? std::stoi(from) : -1;
-    if (number >= least && number <= most) return number;
-    throw BadOption(what + " '" + from + text("' is not a number from %d to %d", least, most));
+// What a user probably meant who wrote something that is no ADDR[@PORT].
+static std::string advice_on_address(const std::string& from, int port) {
+    const size_t bracket = from.find(']');
+    const size_t colon = from.rfind(':');
+    const std::string as_example = std::to_string(port ? port : 53);
+    in_addr v4;
+    if (from.starts_with("[") && bracket != from.npos) {
+        const std::string host = from.substr(1, bracket - 1);
+        if (bracket + 1 == from.size()) return "write " + host;
+        if (from[bracket + 1] == ':') return "write " + host + "@" + from.substr(bracket + 2);
+    }
+    if (colon != from.npos && inet_pton(AF_INET, from.substr(0, colon).c_str(), &v4) == 1)
+        return "write " + from.substr(0, colon) + "@" + from.substr(colon + 1);
+    if (!from.empty() && from.find_first_not_of("0123456789") == from.npos)
+        return "a port comes behind an address: write 127.0.0.1@" + from;
+    return "this is not an IP address; write ADDR[@PORT], for example 127.0.0.1@" + as_example;
 }
 
-Address parse_address(const std::string& from, int port) {
+Address parse_address(const std::string& from, int default_port) {
     const size_t at = from.find('@');
     const std::string host = from.substr(0, at);
-    Address a;
-    const bool four = inet_pton(AF_INET, host.c_str(), &a.v4.sin_addr) == 1;
-    if (!four && inet_pton(AF_INET6, host.c_str(), &a.v6.sin6_addr) != 1)
-        throw BadOption("'" + host + "' is not an IP address");
-    a.any.sa_family = four ? AF_INET : AF_INET6;
-    if (at != from.npos) port = parse_number(from.substr(at + 1), 1, 65535, "port");
-    a.v4.sin_port = htons(uint16_t(port));  // at the same place in both
-    return a;
+    Address address;
+    if (inet_pton(AF_INET, host.c_str(), &address.v4.sin_addr) == 1) {
+        address.any.sa_family = AF_INET;
+    } else if (inet_pton(AF_INET6, host.c_str(), &address.v6.sin6_addr) == 1) {
+        address.any.sa_family = AF_INET6;
+    } else {
+        throw BadOption(advice_on_address(from, default_port));
+    }
+    int port = default_port;
+    if (at != from.npos) port = parse_number(from.substr(at + 1), 1, 65535);
+    address.v4.sin_port = htons(uint16_t(port));
+    return address;
 }
 
-std::string parse_prefix(const std::string& from) {
-    const size_t at = from.find('/');
-    const std::string bits = parse_address(from.substr(0, at), 0).bits();
-    if (at == from.npos) return bits;
-    return bits.substr(0, 1 + parse_number(from.substr(at + 1), 0, int(bits.size()) - 1, "bits"));
+std::string parse_network(const std::string& from) {
+    const size_t slash = from.find('/');
+    const std::string host = from.substr(0, slash);
+    if (host.find('@') != host.npos) throw BadOption("a network has no port; write ADDR[/LENGTH]");
+    const Address address = parse_address(host, 0);
+    const std::string bits = address.bits();
+    const int longest = int(bits.size()) - 1;
+    int length = longest;
+    if (slash != from.npos) length = parse_number(from.substr(slash + 1), 0, longest);
+
+    // A host's address with a network's length, or the address of all hosts without one, says two
+    // things at once. Whoever wrote it may have meant either.
+    const size_t last_one = bits.find_last_of('1');
+    if (last_one != bits.npos && int(last_one) > length)
+        throw BadOption("the address has bits behind the first " + std::to_string(length) +
+                        "; write " + address.host() + " for this host, or the network's address");
+    if (last_one == bits.npos && slash == from.npos)
+        throw BadOption("this is no host's address; write " + address.host() + "/0 for everybody");
+    return bits.substr(0, 1 + size_t(length));
 }
 
-// The addresses of well-known resolvers, and the name that each of them must prove to have.
-static const std::map<std::string, std::string> known{
+// The addresses of well-known resolvers, and the name that each must prove to have.
+static const std::map<std::string, std::string> known_resolvers{
     {"cloudflare", "1.1.1.1 1.0.0.1 2606:4700:4700::1111 2606:4700:4700::1001#cloudflare-dns.com"},
     {"google", "8.8.8.8 8.8.4.4 2001:4860:4860::8888 2001:4860:4860::8844#dns.google"},
-    {"quad9", "9.9.9.9 149.112.112.112 2620:fe::fe 2620:fe::9#dns.quad9.net"}};
+    {"quad9", "9.9.9.9 149.112.112.112 2620:fe::fe 2620:fe::9#dns.quad9.net"},
+};
+
+static std::vector<std::string> split(const std::string& from, char separator) {
+    std::vector<std::string> parts;
+    size_t begin = 0;
+    for (;;) {
+        const size_t end = from.find(separator, begin);
+        parts.push_back(from.substr(begin, end - begin));
+        if (end == from.npos) return parts;
+        begin = end + 1;
+    }
+}
+
+static bool is_ip_address(const std::string& host) {
+    Address ignored;
+    return inet_pton(AF_INET, host.c_str(), &ignored.v4.sin_addr) == 1 ||
+           inet_pton(AF_INET6, host.c_str(), &ignored.v6.sin6_addr) == 1;
+}
+
+// Reads the name that a resolver must prove to have: an IP address, or a host name of letters,
+// digits, '-', '_' and dots. Neither a wildcard nor a leading dot is a name: a certificate for some
+// other host of that domain would do.
+static std::string parse_name(std::string name) {
+    if (is_ip_address(name)) return name;
+    if (name.ends_with('.')) name.pop_back();
+    const std::string letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ";
+    if (name.size() > 253) throw BadOption("the NAME is longer than 253 characters");
+    for (const std::string& label : split(name, '.')) {
+        const bool is_good = label.find_first_not_of(letters + "0123456789-_") == label.npos;
+        if (label.empty() || label.size() > 63 || !is_good)
+            throw BadOption("'" + name + "' is not a host name");
+    }
+    if (name.find_first_of(letters) == name.npos)
+        throw BadOption("'" + name + "' is neither a host name nor an IP address");
+    return name;
+}
+
+// Reads pin-sha256=BASE64, the SHA-256 of a key. The base64 of 32 octets is 43 digits and "=".
+static Bytes parse_pin(const std::string& from) {
+    const std::string prefix = "pin-sha256=";
+    const std::string base64 = from.substr(std::min(prefix.size(), from.size()));
+    uint8_t octets[33];  // EVP_DecodeBlock() writes one octet for the "=" as well.
+    const bool is_good =
+        from.starts_with(prefix) && base64.size() == 44 && base64.find('=') == 43 &&
+        EVP_DecodeBlock(octets, reinterpret_cast<const uint8_t*>(&base64[0]), 44) == 33;
+    if (!is_good) throw BadOption("'" + from + "' is not pin-sha256= and 44 characters of base64");
+    return Bytes(octets, octets + 32);
+}
+
+// What a user probably meant who wrote an upstream without a '#'.
+static std::string advice_on_upstream(const std::string& from) {
+    const std::string scheme = "tls://";
+    std::string rest = from;
+    if (rest.starts_with(scheme)) rest = rest.substr(scheme.size());
+    const std::string host = rest.substr(0, rest.find('@'));
+    if (rest.find(',') != rest.npos)
+        return "write one --upstream for each resolver: -u cloudflare -u google";
+    for (const auto& [name, whole] : known_resolvers) {
+        const bool is_its_address = (" " + whole).find(" " + host + " ") != whole.npos;
+        const std::string its_name = whole.substr(whole.find('#') + 1);
+        if (!host.empty() && is_its_address)
+            return "write " + rest + "#" + its_name + ", or " + name;
+        if (rest == its_name) return "write " + name + ", or an address of it and #" + rest;
+    }
+    if (is_ip_address(host))
+        return "say whom it must prove to be: write " + rest + "#NAME, as in 192.0.2.1#dns.example";
+    return "write cloudflare, google, quad9 or ADDR[@PORT]#NAME[,pin-sha256=BASE64]..., as in "
+           "192.0.2.1#dns.example";
+}
 
 std::vector<Peer> parse_upstream(const std::string& from) {
-    const std::string whole = known.contains(from) ? known.at(from) : from;
-    // Not port 53, RFC 7858 3.1. A name with a letter, so that it is no IP address. The base64 of
-    // 32 octets is 43 digits and "=".
-    static const std::regex form(
-        "((?!.*@0*53[ #])[^#]+)#([\\w.-]*[A-Za-z][\\w.-]*)((,pin-sha256=[A-Za-z0-9+/]{43}=)*)");
-    std::smatch part;
-    if (!std::regex_match(whole, part, form)) throw BadOption("'" + from + "' is not cloudflare, "
-        "google, quad9 or ADDR[@PORT]#NAME[,pin-sha256=BASE64]... (a NAME, and not PORT 53)");
-    std::vector<Bytes> keys;
-    for (std::string pins = part[3]; !pins.empty(); pins = pins.substr(56)) {
-        uint8_t octets[33];  // the last one stands for the "="
-        EVP_DecodeBlock(octets, reinterpret_cast<const uint8_t*>(&pins[12]), 44);
-        keys.emplace_back(octets, octets + 32);
-    }
-    std::istringstream addresses(part[1]);
+    std::string whole = from;
+    if (known_resolvers.contains(from)) whole = known_resolvers.at(from);
+    const size_t hash = whole.find('#');
+    if (hash == whole.npos) throw BadOption(advice_on_upstream(from));
+
+    std::vector<std::string> parts = split(whole.substr(hash + 1), ',');
+    const std::string name = parse_name(parts[0]);
+    std::vector<Bytes> pins;
+    for (size_t i = 1; i < parts.size(); i++) pins.push_back(parse_pin(parts[i]));
+
     std::vector<Peer> peers;
-    for (std::string one; std::getline(addresses, one, ' ');)
-        peers.push_back({parse_address(one, 853), part[2], keys});
+    for (const std::string& address : split(whole.substr(0, hash), ' ')) {
+        peers.push_back({parse_address(address, 853), name, pins});
+        if (peers.back().address.port() == 53)
+            throw BadOption("port 53 is for plain DNS (RFC 7858 3.1); DNS over TLS has port 853");
+    }
     return peers;
 }
 
@@ -115,729 +259,1988 @@ std::vector<Peer> parse_upstream(const std::string& from) {
 // A message is a header, questions, and three sections of records (RFC 1035 4.1). The proxy has to
 // find two places in it, the end of the question and the OPT record, and leaves all else alone.
 
-enum : int { SIG = 24, OPT = 41, TSIG = 250, IXFR, AXFR, keepalive = 11, padding, error = 15 };
-constexpr size_t arcount_at = 10, opt_size = 11;
+enum RecordType : int {
+    TYPE_A = 1,
+    TYPE_NS = 2,
+    TYPE_MD = 3,
+    TYPE_MF = 4,
+    TYPE_CNAME = 5,
+    TYPE_SOA = 6,
+    TYPE_MB = 7,
+    TYPE_MG = 8,
+    TYPE_MR = 9,
+    TYPE_PTR = 12,
+    TYPE_MINFO = 14,
+    TYPE_MX = 15,
+    TYPE_TXT = 16,
+    TYPE_RP = 17,
+    TYPE_AFSDB = 18,
+    TYPE_RT = 21,
+    TYPE_SIG = 24,
+    TYPE_PX = 26,
+    TYPE_AAAA = 28,
+    TYPE_SRV = 33,
+    TYPE_OPT = 41,
+    TYPE_TSIG = 250,
+    TYPE_IXFR = 251,
+    TYPE_AXFR = 252,
+};
+enum Opcode : int { OPCODE_QUERY = 0, OPCODE_DSO = 6 };
+enum OptionCode : int { OPTION_KEEPALIVE = 11, OPTION_PADDING = 12, OPTION_ERROR = 15 };
+enum ErrorInfo : int { EDE_NETWORK_ERROR = 23 };  // RFC 8914 4.24
+enum Section : int { ANSWERS = 1, AUTHORITIES = 2, ADDITIONALS = 3 };
 
-static int u16(const Bytes& m, size_t at) { return m[at] << 8 | m[at + 1]; }
+// Where the fields of a header are, RFC 1035 4.1.1.
+constexpr size_t id_at = 0, flags_at = 2, questions_at = 4, additionals_at = 10;
+enum Flag : int {
+    FLAG_QR = 0x8000,
+    FLAGS_OPCODE = 0x7800,
+    FLAG_AA = 0x0400,
+    FLAG_TC = 0x0200,
+    FLAG_RD = 0x0100,
+    FLAG_RA = 0x0080,
+    FLAG_Z = 0x0040,
+    FLAG_AD = 0x0020,
+    FLAG_CD = 0x0010,
+    FLAGS_RCODE = 0x000f,
+};
+
+// An OPT record without options, and where its fields are (RFC 6891 6.1.2): the root as its owner,
+// the type, the UDP size, the upper bits of the rcode, the version, DO and 15 zeros, the data's
+// size.
+constexpr size_t opt_header_size = 11;
+constexpr size_t opt_rcode_at = 5, opt_flags_at = 7, opt_data_size_at = 9;
+constexpr int OPT_FLAG_DO = 0x8000;
+constexpr size_t option_header_size = 4;  // the code and the size
+constexpr int own_udp_size = 1232;        // what the proxy says of itself
+
+static int get16(const Bytes& m, size_t at) { return m[at] << 8 | m[at + 1]; }
 static void put16(Bytes& m, size_t at, size_t value) {
     m[at] = uint8_t(value >> 8);
     m[at + 1] = uint8_t(value);
 }
+static void append16(Bytes& m, size_t value) {
+    m.push_back(uint8_t(value >> 8));
+    m.push_back(uint8_t(value));
+}
+static void append(Bytes& m, const Bytes& more) { m.insert(m.end(), more.begin(), more.end()); }
 
-// Those that are asked for most. The code knows what a type means in three places only: OPT, what
-// signs a message, and zone transfers.
-static const std::map<int, const char*> type_names{
-    {0, "-"}, {1, "A"}, {2, "NS"}, {5, "CNAME"}, {6, "SOA"}, {12, "PTR"}, {15, "MX"}, {16, "TXT"},
-    {28, "AAAA"}, {33, "SRV"}, {OPT, "OPT"}, {65, "HTTPS"}, {IXFR, "IXFR"}, {AXFR, "AXFR"}};
+static std::string name_from(const std::map<int, const char*>& names, int number,
+                             const char* otherwise) {
+    const auto found = names.find(number);
+    if (found != names.end()) return found->second;
+    return otherwise + std::to_string(number);
+}
 
 std::string type_name(int type) {
-    return type_names.contains(type) ? type_names.at(type) : text("TYPE%d", type);
+    static const std::map<int, const char*> names{
+        {0, "-"},        {1, "A"},      {2, "NS"},      {5, "CNAME"},  {6, "SOA"},    {12, "PTR"},
+        {13, "HINFO"},   {15, "MX"},    {16, "TXT"},    {24, "SIG"},   {28, "AAAA"},  {29, "LOC"},
+        {33, "SRV"},     {35, "NAPTR"}, {39, "DNAME"},  {41, "OPT"},   {43, "DS"},    {44, "SSHFP"},
+        {46, "RRSIG"},   {47, "NSEC"},  {48, "DNSKEY"}, {50, "NSEC3"}, {52, "TLSA"},  {59, "CDS"},
+        {60, "CDNSKEY"}, {64, "SVCB"},  {65, "HTTPS"},  {99, "SPF"},   {250, "TSIG"}, {251, "IXFR"},
+        {252, "AXFR"},   {255, "ANY"},  {256, "URI"},   {257, "CAA"},
+    };
+    return name_from(names, type, "TYPE");
 }
 
 std::string rcode_name(int rcode) {
-    const char* names[] = {"NOERROR", "FORMERR", "SERVFAIL", "NXDOMAIN", "NOTIMP", "REFUSED"};
-    return size_t(rcode) < std::size(names) ? names[rcode] : text("RCODE%d", rcode);
+    static const std::map<int, const char*> names{
+        {0, "NOERROR"}, {1, "FORMERR"}, {2, "SERVFAIL"}, {3, "NXDOMAIN"},
+        {4, "NOTIMP"},  {5, "REFUSED"}, {6, "YXDOMAIN"}, {7, "YXRRSET"},
+        {8, "NXRRSET"}, {9, "NOTAUTH"}, {10, "NOTZONE"},
+    };
+    return name_from(names, rcode, "RCODE");
 }
 
-// Where the name at `at` ends; 0: it does not, or it is longer than RFC 1035 2.3.4 allows. A
-// pointer ends a name and is not followed: what it points to is not needed, and it may be a circle.
-static size_t skip_name(const Bytes& m, size_t at, bool pointers) {
-    for (size_t start = at; at < m.size() && at - start < 255; at += 1 + m[at]) {
-        if (m[at] == 0) return at + 1;
-        if (m[at] >= 0xc0) return pointers && at + 2 <= m.size() ? at + 2 : 0;
-        if (m[at] > 63) return 0;
+static std::string class_name(int number) {
+    static const std::map<int, const char*> names{
+        {1, "IN"}, {3, "CH"}, {4, "HS"}, {254, "NONE"}, {255, "ANY"}};
+    return name_from(names, number, "CLASS");
+}
+
+static std::string option_name(int code) {
+    static const std::map<int, const char*> names{
+        {3, "NSID"},          {5, "DAU"},    {6, "DHU"},      {7, "N3U"},
+        {8, "CLIENT-SUBNET"}, {9, "EXPIRE"}, {10, "COOKIE"},  {11, "KEEPALIVE"},
+        {12, "PADDING"},      {13, "CHAIN"}, {14, "KEY-TAG"}, {15, "ERROR"},
+    };
+    return name_from(names, code, "OPTION");
+}
+
+// A field of a message, for -vv. It ends where the next one begins.
+struct Field {
+    enum Kind { NUMBER, FLAGS, NAME, TYPE, CLASS, OPT_FLAGS, OPTION, DATA };
+    Kind kind;
+    const char* label;
+    size_t begin;
+    int type = 0;  // of the record, if this is its data
+};
+
+// What is wrong with a message.
+struct Malformed {
+    const char* what;
+};
+
+// Reads a message from front to back. Its functions throw Malformed where the message ends too
+// soon.
+class Cursor {
+public:
+    // Notes in `fields` what it passes; nullptr: nobody wants to know.
+    Cursor(const Bytes& message, size_t at, std::vector<Field>* fields = nullptr)
+        : at(at), message(message), fields(fields) {}
+
+    void skip(size_t size) {
+        if (size > message.size() - at) throw Malformed{"a name or record does not parse"};
+        at += size;
     }
-    return 0;
-}
 
-// What the OPT record from `start`, with its type at `type`, says of its sender, RFC 6891 6.1.
-static void parse_opt(const Bytes& m, size_t start, size_t type, size_t end, Layout& l) {
-    if (l.opt) l.fault = "more than one OPT";
-    l.udp_size = size_t(u16(m, type + 2));
-    l.dnssec_ok = m[type + 6] & 0x80;
-    l.opt = start;
-    l.opt_end = end;
-    size_t at = type + 10;
-    while (at + 4 <= end && at + 4 + u16(m, at + 2) <= end) {
-        l.options.push_back({u16(m, at), {&m[at] + 4, &m[at] + 4 + u16(m, at + 2)}});
-        l.fields.insert(l.fields.end(), {{at, "option"}, {at + 2, "size"}, {at + 4, "data"}});
-        at += 4 + l.options.back().data.size();
+    int octet() {
+        skip(1);
+        return message[at - 1];
     }
-    if (at != end || m[start] != 0) l.fault = "a malformed OPT";
-}
 
-// One walk over the records serves both ends: what -vv shows is what the proxy acts on. A message
-// that does not parse has fields up to there, and what is wrong with the rest as the last one.
-Layout parse(const Bytes& m) {
-    Layout l;
-    auto& f = l.fields = {{0, "id"}, {2, "flags"}, {4, "questions"}, {6, "answers"},
-                          {8, "authorities"}, {10, "additionals"}};
-    if (m.size() < header_size) l.fault = "shorter than a header";
-    for (int section = 0; section < 4 && !l.fault; section++) {
-        for (int left = u16(m, 4 + 2 * section); left > 0 && !l.fault; left--) {
-            const size_t start = l.end, at = skip_name(m, start, section > 0);
-            l.end = at + (section ? 10 : 4);
-            const int type = at && l.end <= m.size() ? u16(m, at) : -1;
-            if (type >= 0 && section) l.end += u16(m, at + 8);
-            if (type < 0 || l.end > m.size()) l.fault = "a name or record does not parse";
-            f.push_back({start, l.fault ? l.fault : "name"});
-            if (l.fault) return l;
-            if (section == 0) std::tie(l.question_end, l.type) = std::pair(l.end, type);
-            f.insert(f.end(), {{at, "type"}, {at + 2, type == OPT ? "UDP size" : "class"}});
-            if (section) f.insert(f.end(), {{at + 4, "TTL"}, {at + 8, "size"}, {at + 10, "data"}});
-            if (type == OPT && section) parse_opt(m, start, at, l.end, l);
-            if (type == OPT && section && section < 3) l.fault = "an OPT that is not additional";
-            l.is_signed = section == 3 && (type == TSIG || type == SIG);
+    int number() {  // of 16 bits
+        skip(2);
+        return get16(message, at - 2);
+    }
+
+    // Passes a name. A compression pointer ends it, and is not followed: what it points to is not
+    // needed, and it may be a circle. Returns where that pointer is; 0: there is none.
+    size_t name(bool may_have_pointer) {
+        const size_t start = at;
+        while (at - start < longest_name) {
+            const int length = octet();
+            if (length == 0) return 0;
+            if (length >= 0xc0 && may_have_pointer) {
+                octet();
+                return at - 2;
+            }
+            if (length > 63) break;
+            skip(size_t(length));
         }
+        throw Malformed{"a name or record does not parse"};
     }
-    f.push_back({l.end, "the rest"});  // which no section counts
-    return l;
+
+    void note(size_t begin, Field::Kind kind, const char* label, int type = 0) {
+        if (fields) fields->push_back({kind, label, begin, type});
+    }
+
+    size_t at;
+
+private:
+    static constexpr size_t longest_name = 255;  // RFC 1035 2.3.4
+    const Bytes& message;
+    std::vector<Field>* const fields;
+};
+
+static void read_question(Cursor& in, Layout& layout) {
+    const size_t start = in.at;
+    in.name(false);
+    in.note(start, Field::NAME, "name");
+    layout.type = in.number();
+    in.note(in.at - 2, Field::TYPE, "type");
+    in.number();
+    in.note(in.at - 2, Field::CLASS, "class");
+    layout.question_end = in.at;
 }
 
-// In three columns: what a field is, what it says, its octets. A field ends where the next one
-// begins. Numbers are shown as such, names in full; of what is not known here the characters are
-// shown. Nothing that came over the wire reaches the terminal as a control character.
+// The options of an OPT record are its data, up to `end`.
+static void read_options(Cursor& in, size_t end) {
+    while (in.at < end) {
+        const size_t start = in.at;
+        if (end - start < option_header_size) throw Malformed{"a malformed OPT"};
+        in.number();  // the code
+        const size_t size = size_t(in.number());
+        if (size > end - in.at) throw Malformed{"a malformed OPT"};
+        in.skip(size);
+        in.note(start, Field::OPTION, "option");
+        in.note(start + 2, Field::NUMBER, "size");
+        in.note(start + option_header_size, Field::DATA, "data");
+    }
+}
+
+// Reads an OPT record from its UDP size on; it began at `start`.
+static void read_opt(Cursor& in, size_t start, int section, Layout& layout) {
+    if (layout.opt) throw Malformed{"more than one OPT"};
+    layout.opt = start;
+    layout.udp_size = size_t(in.number());
+    in.note(in.at - 2, Field::NUMBER, "UDP size");
+    in.skip(2);  // the upper bits of the rcode, and the version
+    layout.dnssec_ok = in.number() & OPT_FLAG_DO;
+    in.note(in.at - 4, Field::OPT_FLAGS, "TTL");
+    const size_t size = size_t(in.number());
+    in.note(in.at - 2, Field::NUMBER, "size");
+    const size_t end = in.at + size;
+    layout.opt_end = end;
+    const bool owner_is_root = in.at - start == opt_header_size;
+    if (section != ADDITIONALS) throw Malformed{"an OPT that is not additional"};
+    if (!owner_is_root) throw Malformed{"a malformed OPT"};
+    Cursor(in).skip(size);  // All of it must be there.
+    read_options(in, end);
+}
+
+static void read_record(Cursor& in, int section, Layout& layout) {
+    const size_t start = in.at;
+    in.name(true);
+    in.note(start, Field::NAME, "name");
+    const int type = in.number();
+    in.note(in.at - 2, Field::TYPE, "type");
+    if (type == TYPE_OPT) {
+        read_opt(in, start, section, layout);
+    } else {
+        in.number();
+        in.note(in.at - 2, Field::CLASS, "class");
+        in.skip(4);
+        in.note(in.at - 4, Field::NUMBER, "TTL");
+        const size_t size = size_t(in.number());
+        in.note(in.at - 2, Field::NUMBER, "size");
+        in.skip(size);
+        in.note(in.at - size, Field::DATA, "data", type);
+    }
+    layout.is_signed = section == ADDITIONALS && (type == TYPE_TSIG || type == TYPE_SIG);
+}
+
+// One walk over a message serves both ends: what -vv shows is what the proxy acts on. A message
+// that does not parse has fields up to there, and what is wrong with it as the last one.
+static Layout parse_and_note(const Bytes& m, std::vector<Field>* fields) {
+    static const char* const header[] = {"id",      "flags",       "questions",
+                                         "answers", "authorities", "additionals"};
+    Layout layout;
+    Cursor in(m, 0, fields);
+    try {
+        for (const char* label : header) {
+            if (m.size() < in.at + 2) throw Malformed{"shorter than a header"};
+            in.number();
+            in.note(in.at - 2, in.at - 2 == flags_at ? Field::FLAGS : Field::NUMBER, label);
+        }
+        const int questions = get16(m, questions_at);
+        for (int i = 0; i < questions; i++) {
+            read_question(in, layout);
+            layout.end = in.at;
+        }
+        for (int section : {ANSWERS, AUTHORITIES, ADDITIONALS}) {
+            const int records = get16(m, questions_at + 2 * size_t(section));
+            for (int i = 0; i < records; i++) {
+                read_record(in, section, layout);
+                layout.end = in.at;
+            }
+        }
+        in.note(in.at, Field::DATA, "the rest");  // no section counts it
+    } catch (const Malformed& fault) {
+        layout.fault = fault.what;
+        in.note(in.at, Field::DATA, fault.what);
+    }
+    return layout;
+}
+
+Layout parse(const Bytes& message) { return parse_and_note(message, nullptr); }
+
+// ---- Messages in words, for -vv ----------------------------------------------------------------
+
+// The name at `at`, with the pointers followed. No more than 64 pointers: they may be a circle.
+static std::string name_in_words(const Bytes& m, size_t at) {
+    std::string name;
+    int pointers = 0;
+    while (at < m.size() && m[at] != 0) {
+        if (m[at] >= 0xc0) {
+            if (at + 1 >= m.size() || ++pointers > 64) return name + "?";
+            at = size_t(get16(m, at) & 0x3fff);
+            continue;
+        }
+        const size_t end = std::min(at + 1 + m[at], m.size());
+        if (!name.empty()) name += '.';
+        name.append(m.begin() + long(at) + 1, m.begin() + long(end));
+        at = end;
+    }
+    return name.empty() ? "." : name;
+}
+
+static std::string flags_in_words(int flags) {
+    static const std::pair<Flag, const char*> names[] = {
+        {FLAG_QR, "QR "}, {FLAG_AA, "AA "}, {FLAG_TC, "TC "}, {FLAG_RD, "RD "},
+        {FLAG_RA, "RA "}, {FLAG_Z, "Z "},   {FLAG_AD, "AD "}, {FLAG_CD, "CD "},
+    };
+    std::string words = text("opcode %d, ", (flags & FLAGS_OPCODE) >> 11);
+    for (const auto& [flag, name] : names)
+        if (flags & flag) words += name;
+    return words + rcode_name(flags & FLAGS_RCODE);
+}
+
+static std::string data_in_words(const Bytes& m, const Field& field, size_t end) {
+    char address[INET6_ADDRSTRLEN] = "";
+    const size_t size = end - field.begin;
+    if (size == 0) return "";
+    switch (field.type) {
+        case TYPE_A:
+            if (size == 4) return inet_ntop(AF_INET, &m[field.begin], address, sizeof address);
+            break;
+        case TYPE_AAAA:
+            if (size == 16) return inet_ntop(AF_INET6, &m[field.begin], address, sizeof address);
+            break;
+        case TYPE_NS:
+        case TYPE_CNAME:
+        case TYPE_PTR:
+            return name_in_words(m, field.begin);
+    }
+    return std::string(m.begin() + long(field.begin), m.begin() + long(end));  // the text in it
+}
+
+// What a field says. It ends at `end`.
+static std::string meaning_of(const Bytes& m, const Field& field, size_t end) {
+    unsigned long number = 0;
+    for (size_t i = field.begin; i < end && i < field.begin + 4; i++) number = number << 8 | m[i];
+    switch (field.kind) {
+        case Field::NUMBER:
+            return std::to_string(number);
+        case Field::FLAGS:
+            return flags_in_words(int(number));
+        case Field::NAME:
+            return name_in_words(m, field.begin);
+        case Field::TYPE:
+            return type_name(int(number));
+        case Field::CLASS:
+            return class_name(int(number));
+        case Field::OPT_FLAGS:
+            return text("version %lu", number >> 16 & 0xff) + (number & OPT_FLAG_DO ? " DO" : "");
+        case Field::OPTION:
+            return option_name(int(number));
+        case Field::DATA:
+            return data_in_words(m, field, end);
+    }
+    return "";
+}
+
+// The octets of a field in hexadecimal; many of the same as "00 * 84".
+static std::string in_hex(const Bytes& m, size_t begin, size_t end) {
+    const auto is_first = [&](uint8_t octet) { return octet == m[begin]; };
+    const bool are_same = std::all_of(m.begin() + long(begin), m.begin() + long(end), is_first);
+    if (end - begin > 16 && are_same) return text(" %02x * %zu", m[begin], end - begin);
+    std::string hex;
+    for (size_t i = begin; i < end; i++) hex += text(" %02x", m[i]);
+    return hex;
+}
+
 std::string annotate(const Bytes& m) {
-    auto fields = parse(m).fields;
-    fields.push_back({m.size(), ""});
-    std::string out;
-    size_t number = 0, type = 0;
-    for (auto one = fields.begin(); one->first < m.size(); one++, number = 0) {
-        const std::string field = one->second;
-        const size_t at = one->first, to = std::min(one[1].first, m.size()), size = to - at;
-        std::string hex, says(m.begin() + at, m.begin() + to);
-        char buf[1025] = "";  // for the longest name, each octet as four characters
-        for (size_t i = at; i < to; hex += text(" %02x", m[i++])) number = number << 8 | m[i];
-        if (size > 16 && hex.compare(3, hex.npos, hex, 0, hex.size() - 3) == 0)  // all the same
-            hex = says = text(" %02x * %zu", m[at], size);
-        const auto flag = [=](int bit, const char* set) { return number >> bit & 1 ? set : ""; };
-        if (size <= 4 && field != "data") says = std::to_string(number);
-        if (field == "type") says = type_name(int(type = number));
-        if (field == "TTL" && type == OPT) says = text("version %d %s", m[at + 1], flag(15, "DO"));
-        if (field == "flags")
-            says = text("opcode %zu, %s%s%s%s%s%s%s%s", number >> 11 & 15, flag(15, "QR "),
-                        flag(10, "AA "), flag(9, "TC "), flag(8, "RD "), flag(7, "RA "),
-                        flag(6, "Z "), flag(5, "AD "), flag(4, "CD ")) + rcode_name(number & 15);
-        if (field == "data" && (type == 1 ? size == 4 : type == 28 && size == 16))  // A and AAAA
-            says = inet_ntop(type == 1 ? AF_INET : AF_INET6, &m[at], buf, sizeof buf);
-        if (field == "name" || (field == "data" && (type == 2 || type == 5 || type == 12)))
-            says = dn_expand(&m[0], &m[0] + m.size(), &m[at], buf, 1025) > 0 && *buf ? buf : ".";
-        std::ranges::replace_if(says, [](uint8_t c) { return c < ' ' || c > '~'; }, '.');
-        out += text("\n        %-12s %-28.800s", one->second, says.c_str()) + hex;
+    std::vector<Field> fields;
+    parse_and_note(m, &fields);
+    std::string lines;
+    for (size_t i = 0; i < fields.size(); i++) {
+        const Field& field = fields[i];
+        const size_t end = i + 1 < fields.size() ? fields[i + 1].begin : m.size();
+        if (field.begin == m.size()) break;
+        const std::string hex = in_hex(m, field.begin, end);
+        std::string meaning = meaning_of(m, field, end);
+        if (field.kind == Field::DATA && hex.find('*') != hex.npos) meaning = hex;
+        for (char& c : meaning)
+            if (c < ' ' || c > '~') c = '.';  // Nothing that a terminal would obey.
+        lines += text("\n        %-12s %-28.800s", field.label, meaning.c_str()) + hex;
     }
-    return out;
+    return lines;
 }
 
-// On the way over TLS, and to a TCP client, a message has its length in two octets before it.
-void Query::tell(int step, const std::string& what, const Bytes& m) const {
+// ---- Steps [2], [3], [7] and [8] ---------------------------------------------------------------
+
+static std::atomic<unsigned> queries_so_far{0};
+
+Query::Query(Bytes octets, bool tcp)
+    : octets(std::move(octets)),
+      tcp(tcp),
+      layout(parse(this->octets)),
+      taken(Clock::now()),
+      deadline(taken + milliseconds(settings.timeout)),
+      number(++queries_so_far) {}
+
+void Query::tell(int step, const std::string& what, const Bytes& message) const {
     if (settings.verbose == 0) return;
-    std::string hex = settings.verbose > 1 ? annotate(m) : "";
-    if (!hex.empty() && (tcp || step == 5 || step == 6))  // framed
-        hex = text("\n        %-42s%02zx %02zx", "length", m.size() >> 8, m.size() & 255) + hex;
-    say(text("#%u [%d] %7.1f ms  ", number, step, Ms(Clock::now() - taken).count()) + what + hex);
+    const std::chrono::duration<double, std::milli> since = Clock::now() - taken;
+    std::string line = text("#%u [%d] %7.1f ms  ", number, step, since.count()) + what;
+    if (settings.verbose >= 2 && !message.empty()) {
+        const size_t size = message.size();
+        // Over TLS, and to and from a TCP client, a message has its length before it.
+        if (tcp || step == 5 || step == 6)
+            line += text("\n        %-42s%02zx %02zx", "length", size >> 8, size & 0xff);
+        line += annotate(message);
+    }
+    say(line);
+}
+
+static bool equals_without_case(uint8_t a, uint8_t b) { return tolower(a) == tolower(b); }
+
+// Whether the question asks for resolver.arpa or a name below it.
+static bool asks_for_resolver_arpa(const Query& query) {
+    static const uint8_t wanted[] =
+        "\x08resolver\x04"
+        "arpa";  // the 0 at its end is the root
+    const Bytes& q = query.octets;
+    size_t at = header_size;
+    while (at < query.layout.question_end && q[at] != 0) {
+        const bool fits = at + sizeof wanted + 4 == query.layout.question_end;
+        if (fits && std::equal(wanted, std::end(wanted), &q[at], equals_without_case)) return true;
+        at += 1 + q[at];
+    }
+    return false;
 }
 
 Verdict judge(const Query& query) {  // [2]
-    const Bytes& m = query.octets;
-    if (m.size() < header_size) return {silence, "shorter than a header"};
-    if (m[2] & 0x80) return {silence, "an answer, not a query"};  // else a loop
-    const int opcode = m[2] >> 3 & 15, type = query.layout.type;
+    const Bytes& q = query.octets;
+    const int type = query.layout.type;
+    if (q.size() < header_size) return {Action::ignore, NOERROR, "shorter than a header"};
+    const int flags = get16(q, flags_at);
+    const int opcode = (flags & FLAGS_OPCODE) >> 11;
+    // To answer an answer could make a loop of two proxies.
+    if (flags & FLAG_QR) return {Action::ignore, NOERROR, "an answer, not a query"};
     // RFC 8490 9.4: a connection for each query cannot carry a session.
-    if (opcode == 6) return {NOTIMP, "DNS stateful operations are not proxied"};
-    if (query.layout.fault) return {FORMERR, query.layout.fault};
-    if (opcode == 0 && u16(m, 4) > 1) return {FORMERR, "more than one question"};  // RFC 9619 4
-    if (!opcode && (type == AXFR || type == IXFR)) return {NOTIMP, "AXFR and IXFR are not proxied"};
-    return {forward, "to be forwarded"};
+    if (opcode == OPCODE_DSO)
+        return {Action::answer, NOTIMP, "DNS stateful operations are not proxied"};
+    if (query.layout.fault) return {Action::answer, FORMERR, query.layout.fault};
+    // So that a datagram with a forged address cannot occupy much memory.
+    if (!query.tcp && q.size() > longest_udp_query)
+        return {Action::truncate, NOERROR, "too long for UDP: it may come over TCP"};
+    if (opcode != OPCODE_QUERY) return {Action::forward, NOERROR, "to be forwarded"};
+
+    if (get16(q, questions_at) > 1)  // RFC 9619 4
+        return {Action::answer, FORMERR, "more than one question"};
+    if (type == TYPE_AXFR || type == TYPE_IXFR)
+        return {Action::answer, NOTIMP, "AXFR and IXFR are not proxied"};
+    if (asks_for_resolver_arpa(query))  // RFC 9462 6.1: clients would find a way around the proxy.
+        return {Action::answer, NOERROR, "resolver.arpa has no records here"};
+    return {Action::forward, NOERROR, "to be forwarded"};
 }
 
-// Whether the octets from `from` on may move: a compression pointer counts from the message's
-// start, so none may point behind that place. Data that only looks like one is refused as well.
-static bool movable(const Bytes& m, size_t from) {
-    for (size_t at = from; at + 1 < m.size(); at++)
-        if (m[at] >= 0xc0 && size_t(u16(m, at) & 0x3fff) >= from) return false;
-    return true;
-}
-
-// Puts the options of `l` into the OPT of `m`, or into a new one behind its last record.
-static Bytes set_options(Bytes m, Layout& l) {
-    Bytes opt{0, 0, OPT, 1232 >> 8, 1232 & 255, 0, 0, uint8_t(l.dnssec_ok ? 0x80 : 0), 0, 0, 0};
-    if (l.opt) std::copy_n(m.begin() + l.opt, opt_size, opt.begin());
-    else put16(m, arcount_at, u16(m, arcount_at) + 1);
-    if (!l.opt) l.opt = l.opt_end = m.size();
-    for (auto& [code, data] : l.options) {
-        const Bytes framed = frame(data);  // an option's data has its length before it, too
-        opt.insert(opt.end(), {uint8_t(code >> 8), uint8_t(code)});
-        opt.insert(opt.end(), framed.begin(), framed.end());
+// The options of the OPT record, as they are written, but those with these codes.
+static Bytes options_without(const Bytes& m, const Layout& layout,
+                             std::initializer_list<int> codes) {
+    Bytes kept;
+    if (!layout.opt) return kept;
+    size_t at = layout.opt + opt_header_size;
+    while (at < layout.opt_end) {
+        const size_t end = at + option_header_size + size_t(get16(m, at + 2));
+        const bool is_unwanted = std::ranges::find(codes, get16(m, at)) != codes.end();
+        if (!is_unwanted) kept.insert(kept.end(), &m[at], &m[0] + end);
+        at = end;
     }
-    put16(opt, opt_size - 2, opt.size() - opt_size);
-    m.erase(m.begin() + l.opt, m.begin() + l.opt_end);
-    m.insert(m.begin() + l.opt, opt.begin(), opt.end());
-    l.opt_end = l.opt + opt.size();
+    return kept;
+}
+
+static void append_option(Bytes& options, int code, const Bytes& data) {
+    append16(options, size_t(code));
+    append16(options, data.size());
+    append(options, data);
+}
+
+// How many octets of a record's data come before its names, and how many names there are. RFC 1035
+// lets these be compressed; RFC 3597 4 asks to expect it of a few later types.
+struct NamesInData {
+    size_t before;
+    int names;
+};
+static const std::map<int, NamesInData> names_in_data{
+    {TYPE_NS, {0, 1}},    {TYPE_MD, {0, 1}},    {TYPE_MF, {0, 1}}, {TYPE_CNAME, {0, 1}},
+    {TYPE_SOA, {0, 2}},   {TYPE_MB, {0, 1}},    {TYPE_MG, {0, 1}}, {TYPE_MR, {0, 1}},
+    {TYPE_PTR, {0, 1}},   {TYPE_MINFO, {0, 2}}, {TYPE_MX, {2, 1}}, {TYPE_RP, {0, 2}},
+    {TYPE_AFSDB, {2, 1}}, {TYPE_RT, {2, 1}},    {TYPE_PX, {2, 2}}, {TYPE_SRV, {6, 1}},
+};
+
+// Where the compression pointers in a record's data are. The data begins at `in`.
+static void find_pointers_in_data(Cursor in, size_t end, int type, std::vector<size_t>& pointers) {
+    const auto found = names_in_data.find(type);
+    if (found == names_in_data.end()) return;
+    try {
+        in.skip(found->second.before);
+        for (int i = 0; i < found->second.names; i++) {
+            const size_t pointer = in.name(true);
+            if (in.at > end) return;
+            if (pointer) pointers.push_back(pointer);
+        }
+    } catch (const Malformed&) {
+        // What is no name has no pointer.
+    }
+}
+
+// Where the compression pointers of a message are: in the names of its records, and in their data.
+static std::vector<size_t> find_pointers(const Bytes& m, const Layout& layout) {
+    std::vector<size_t> pointers;
+    Cursor in(m, layout.question_end);
+    while (in.at < layout.end) {
+        const size_t pointer = in.name(true);
+        if (pointer) pointers.push_back(pointer);
+        const int type = in.number();
+        in.skip(6);  // class and TTL
+        const size_t size = size_t(in.number());
+        find_pointers_in_data(in, in.at + size, type, pointers);
+        in.skip(size);
+    }
+    return pointers;
+}
+
+// Puts another record, or nothing, in the place of the OPT record. What comes behind it moves, and
+// pointers to there move with it. Returns nullopt if a pointer cannot.
+static std::optional<Bytes> replace_opt(Bytes m, const Layout& layout, const Bytes& record) {
+    if (layout.opt_end < m.size()) {
+        const size_t moved = layout.opt + record.size();
+        for (size_t pointer : find_pointers(m, layout)) {
+            const size_t target = size_t(get16(m, pointer) & 0x3fff);
+            if (target < layout.opt) continue;
+            const size_t new_target = target - layout.opt_end + moved;
+            if (target < layout.opt_end || new_target > 0x3fff) return std::nullopt;
+            put16(m, pointer, 0xc000 | new_target);
+        }
+    }
+    m.erase(m.begin() + long(layout.opt), m.begin() + long(layout.opt_end));
+    m.insert(m.begin() + long(layout.opt), record.begin(), record.end());
     return m;
 }
 
+static Bytes own_opt(bool dnssec_ok, const Bytes& options) {
+    Bytes record{0, 0, TYPE_OPT};
+    append16(record, own_udp_size);
+    append16(record, 0);  // the upper bits of the rcode, and the version
+    append16(record, dnssec_ok ? OPT_FLAG_DO : 0);
+    append16(record, options.size());
+    append(record, options);
+    return record;
+}
+
+static Bytes append_opt(Bytes m, bool dnssec_ok, const Bytes& options) {
+    append(m, own_opt(dnssec_ok, options));
+    put16(m, additionals_at, size_t(get16(m, additionals_at)) + 1);
+    return m;
+}
+
+// Gives the message's OPT record these options.
+static std::optional<Bytes> replace_options(const Bytes& m, const Layout& layout,
+                                            const Bytes& options) {
+    Bytes record(&m[layout.opt], &m[layout.opt] + opt_header_size);
+    put16(record, opt_data_size_at, options.size());
+    append(record, options);
+    return replace_opt(m, layout, record);
+}
+
 Bytes pad(const Query& query) {  // [3]
-    Layout l = query.layout;
     const Bytes& q = query.octets;
-    // RFC 8945 5.5: what is signed travels as it is. Behind octets that no section counts nobody
-    // would find an OPT.
-    if (l.is_signed || l.end != q.size() || (l.opt && !movable(q, l.opt_end))) return q;
-    std::erase_if(l.options, [](auto& o) { return o.code == padding; });  // the client's own
-    l.options.push_back({padding, {}});  // the last, RFC 8467 3
-    // If there is no OPT, a new one with DO=0: a client without EDNS wants no signatures.
-    const Bytes bare = set_options(q, l);
-    const size_t missing = (128 - bare.size() % 128) % 128;  // RFC 8467 4.1
-    l.options.back().data.resize(missing);
-    return bare.size() + missing > longest_message ? q : set_options(bare, l);
+    const Layout& layout = query.layout;
+    // RFC 8945 5.5: what is signed travels as it is. Behind octets that no section counts, nobody
+    // would find an OPT record.
+    if (layout.is_signed || layout.end != q.size()) return q;
+
+    Bytes options = options_without(q, layout, {OPTION_PADDING});  // without the client's own
+    const size_t rest = q.size() - (layout.opt_end - layout.opt);
+    const size_t size = rest + opt_header_size + options.size() + option_header_size;
+    const size_t padding = (128 - size % 128) % 128;  // RFC 8467 4.1
+    if (size + padding > longest_message) return q;
+    append_option(options, OPTION_PADDING, Bytes(padding));  // RFC 8467 3: the last one
+
+    // Without EDNS a client wants no signatures, so the proxy's own OPT record has DO=0.
+    if (!layout.opt) return append_opt(q, false, options);
+    return replace_options(q, layout, options).value_or(q);
 }
 
-bool matches(const Query& query, const Bytes& a, const Layout& l) {  // [7]
+Bytes frame(const Bytes& message) {  // [5]
+    Bytes framed;
+    framed.reserve(2 + message.size());
+    append16(framed, message.size());
+    append(framed, message);
+    return framed;
+}
+
+// Whether an answer without a question can be believed. Some servers cannot repeat a question that
+// they did not read, and an UPDATE needs none: what matters is that no record is claimed.
+static bool needs_no_question(const Bytes& answer, const Layout& layout) {
+    if ((get16(answer, flags_at) & FLAGS_RCODE) != NOERROR) return true;
+    int records = 0;
+    for (int section : {ANSWERS, AUTHORITIES, ADDITIONALS})
+        records += get16(answer, questions_at + 2 * size_t(section));
+    if (layout.opt) records--;
+    return records == 0;
+}
+
+bool matches(const Query& query, const Bytes& a, const Layout& layout) {  // [7]
     const Bytes& q = query.octets;
-    if (l.fault || u16(a, 0) != u16(q, 0) || !(a[2] & 0x80) || ((a[2] ^ q[2]) & 0x78)) return false;
-    const int rcode = a[3] & 15;
-    if (u16(a, 4) == 0 && u16(q, 4) != 0)  // some servers cannot repeat what they did not read
-        return rcode == FORMERR || rcode == SERVFAIL || rcode == NOTIMP || rcode == REFUSED;
-    if (u16(a, 4) != u16(q, 4) || l.question_end != query.layout.question_end) return false;
-    // Names, but not the type and class behind one, are compared without case, RFC 1035 2.3.3. A
-    // label's length is never a letter.
-    for (size_t i = header_size; i < l.question_end; i++)
-        if (q[i] != a[i] && (i + 4 >= l.question_end || (q[i] ^ a[i]) != 32 || !isalpha(q[i])))
-            return false;
-    return true;
+    if (layout.fault) return false;
+    const int flags = get16(a, flags_at);
+    const int flags_asked = get16(q, flags_at);
+    if (get16(a, id_at) != get16(q, id_at)) return false;
+    if (!(flags & FLAG_QR)) return false;
+    if ((flags & FLAGS_OPCODE) != (flags_asked & FLAGS_OPCODE)) return false;
+
+    const int questions = get16(a, questions_at);
+    if (questions == 0 && get16(q, questions_at) != 0) return needs_no_question(a, layout);
+    if (questions != get16(q, questions_at)) return false;
+    const size_t end = layout.question_end;
+    if (end != query.layout.question_end) return false;
+    if (questions == 0) return true;
+
+    // Names are compared without case (RFC 1035 2.3.3), the type and class behind them with it. The
+    // length of a label is no letter.
+    const size_t type_at = end - 4;
+    return std::equal(&a[header_size], &a[type_at], &q[header_size], equals_without_case) &&
+           std::equal(&a[type_at], &a[0] + end, &q[type_at]);
 }
 
-std::optional<Bytes> unpad(const Query& query, Bytes a, Layout l) {  // [7]
-    if (l.is_signed) return a;
-    if (l.question_end == query.layout.question_end)  // the client's own spelling, as it came
-        memcpy(&a[0] + header_size, &query.octets[0] + header_size, l.question_end - header_size);
-    if (!l.opt) return a;
-    if (!movable(a, l.opt_end)) return std::nullopt;
-    std::erase_if(l.options, [](auto& o) { return o.code == padding || o.code == keepalive; });
-    if (query.layout.opt) return set_options(a, l);
-    if (a[l.opt + 5] != 0) return std::nullopt;  // its low four bits alone are another rcode
-    a.erase(a.begin() + l.opt, a.begin() + l.opt_end);
-    put16(a, arcount_at, u16(a, arcount_at) - 1);
-    return a;
+std::optional<Bytes> unpad(const Query& query, const Bytes& answer, const Layout& layout) {  // [7]
+    if (layout.is_signed) return answer;
+    Bytes a = answer;
+    // The client gets its own spelling of the name, as some check.
+    const size_t question_end = query.layout.question_end;
+    if (layout.question_end == question_end)
+        std::copy(&query.octets[0] + header_size, &query.octets[0] + question_end,
+                  &a[0] + header_size);
+    if (!layout.opt) return a;
+    if (query.layout.opt)
+        return replace_options(a, layout,
+                               options_without(a, layout, {OPTION_PADDING, OPTION_KEEPALIVE}));
+
+    // The lower four bits of an extended rcode are another rcode.
+    if (a[layout.opt + opt_rcode_at] != 0) return std::nullopt;
+    put16(a, additionals_at, size_t(get16(a, additionals_at)) - 1);
+    return replace_opt(a, layout, {});
 }
 
-// The header and question of a message; the header alone if it does not have just one.
-static Bytes head(const Bytes& m, const Layout& l) {
-    Bytes out(m.begin(), m.begin() + (u16(m, 4) == 1 ? l.question_end : header_size));
-    std::fill(out.begin() + (out.size() > header_size ? 6 : 4), out.begin() + header_size, 0);
-    return out;
+// The header and question of a message, without records; the header alone unless it has just one
+// question.
+static Bytes head_of(const Bytes& m, const Layout& layout) {
+    const bool has_question = get16(m, questions_at) == 1 && layout.question_end > header_size;
+    Bytes head(m.begin(), m.begin() + long(has_question ? layout.question_end : header_size));
+    put16(head, questions_at, has_question ? 1 : 0);
+    for (int section : {ANSWERS, AUTHORITIES, ADDITIONALS})
+        put16(head, questions_at + 2 * size_t(section), 0);
+    return head;
 }
 
-Bytes cut(const Query& query, Bytes a, size_t most_udp) {  // [8]
+Bytes cut(const Query& query, Bytes answer, size_t most_udp) {  // [8]
+    if (query.tcp) return answer;
     const size_t limit = std::clamp<size_t>(query.layout.udp_size, 512, most_udp);
-    if (query.tcp || a.size() <= limit) return a;
-    const Layout l = parse(a);
-    Layout own{.options = l.options, .dnssec_ok = query.layout.dnssec_ok};
-    Bytes out = head(a, l);
-    out[2] |= 0x02;  // TC
-    // RFC 6891 7: OPT stays. RFC 8914 3: its options go if there is no room for them.
-    if (out.size() + (l.opt_end - l.opt) > limit) own.options.clear();
-    return query.layout.opt ? set_options(out, own) : out;
+    if (answer.size() <= limit) return answer;
+
+    const Layout layout = parse(answer);
+    Bytes head = head_of(answer, layout);
+    put16(head, flags_at, size_t(get16(head, flags_at) | FLAG_TC));
+    if (!query.layout.opt) return head;  // RFC 6891 7: a client with EDNS gets an OPT record
+    const Bytes options = options_without(answer, layout, {});
+    const bool fits = head.size() + opt_header_size + options.size() <= limit;
+    return append_opt(head, query.layout.dnssec_ok, fits ? options : Bytes{});  // RFC 8914 3
 }
 
-Bytes reply(const Query& query, int rcode, int ede) {  // [8]
-    Bytes out = head(query.octets, query.layout);
-    out[2] = uint8_t(0x80 | (out[2] & 0x79) | (rcode == cut_short ? 0x02 : 0));  // opcode, RD stay
-    out[3] = uint8_t((rcode == SERVFAIL ? 0x80 | (out[3] & 0x10) : 0) | std::max(rcode, 0));
-    Layout own{.options = {}, .dnssec_ok = query.layout.dnssec_ok};
-    // Without a text, which could tell what is nobody's business.
-    if (ede >= 0) own.options.push_back({error, {uint8_t(ede >> 8), uint8_t(ede)}});
-    return query.layout.opt ? set_options(out, own) : out;
+static Bytes reply_with(const Query& query, int flags, const Bytes& options) {
+    Bytes message = head_of(query.octets, query.layout);
+    const int asked = get16(query.octets, flags_at);
+    put16(message, flags_at, size_t(FLAG_QR | (asked & (FLAGS_OPCODE | FLAG_RD)) | flags));
+    if (!query.layout.opt) return message;
+    return append_opt(message, query.layout.dnssec_ok, options);
 }
 
-// ---- Streams and framing -----------------------------------------------------------------------
-
-Bytes frame(Bytes message) {
-    message.insert(message.begin(), {uint8_t(message.size() >> 8), uint8_t(message.size())});
-    return message;
-}
-
-std::optional<Bytes> read_frame(int fd) {
-    Bytes in(2);
-    for (bool length : {true, false}) {
-        if (in.empty() || recv(fd, in.data(), in.size(), MSG_WAITALL) < int(in.size())) return {};
-        if (length) in.resize(u16(in, 0));
+Bytes reply(const Query& query, Rcode rcode, int ede) {  // [8]
+    int flags = rcode;
+    // These two are as a resolver would set them.
+    if (rcode == SERVFAIL || rcode == NOERROR)
+        flags |= FLAG_RA | (get16(query.octets, flags_at) & FLAG_CD);
+    Bytes options;
+    if (ede >= 0) {
+        Bytes code;
+        append16(code, size_t(ede));  // no text: it could tell what is nobody's business
+        append_option(options, OPTION_ERROR, code);
     }
-    return in;
+    return reply_with(query, flags, options);
+}
+
+Bytes truncated_reply(const Query& query) { return reply_with(query, FLAG_TC, {}); }  // [8]
+
+// ---- Streams -----------------------------------------------------------------------------------
+
+std::optional<Bytes> read_frame(int fd) {  // [1]
+    Bytes length(2);
+    if (recv(fd, length.data(), 2, MSG_WAITALL) != 2) return std::nullopt;
+    Bytes message(size_t(get16(length, 0)));
+    if (message.empty()) return std::nullopt;
+    const ssize_t got = recv(fd, message.data(), message.size(), MSG_WAITALL);
+    if (got != ssize_t(message.size())) return std::nullopt;
+    return message;
 }
 
 // ---- Who may ask, and how much -----------------------------------------------------------------
 
 bool may_ask(const Address& client) {
-    const auto begins = [bits = client.bits()](auto& prefix) { return bits.starts_with(prefix); };
-    return std::ranges::any_of(settings.allow, begins) &&
-           std::ranges::none_of(settings.deny, begins);
+    const std::string bits = client.bits();
+    const auto has_client = [&](const std::string& network) { return bits.starts_with(network); };
+    return std::ranges::any_of(settings.allow, has_client) &&
+           std::ranges::none_of(settings.deny, has_client);
 }
 
+std::string host_of(const Address& client) { return client.bits().substr(0, 1 + 64); }
+
 bool over_rate(const Address& client, bool tcp) {
-    static std::mutex mutex;               // guards what follows
-    static std::map<std::string, Time> buckets;  // when each is full again, and as good as none
+    // A bucket of one second's worth for each host. It is refilled as time goes by, so all there is
+    // to remember is when it will be full again.
+    static std::mutex mutex;  // guards `full_at`
+    static std::map<std::string, Time> full_at;
     if (settings.rate == 0) return false;
-    std::lock_guard lock(mutex);
-    // A flood from everywhere: rather may all ask a little more than is one locked out.
-    if (buckets.size() == 16384) buckets.clear();
-    Time &full = buckets[client.host() + (tcp ? " tcp" : " udp")], now = Clock::now();
-    const Time then = std::max(full, now) + std::chrono::nanoseconds(1000000000 / settings.rate);
-    const bool over = then > now + seconds(1);  // a bucket holds one second's worth
-    if (!over) full = then;
-    return over;
+    const std::string host = host_of(client) + (tcp ? " tcp" : " udp");
+    const Duration one_query = std::chrono::nanoseconds(1000000000 / settings.rate);
+    const Time now = Clock::now();
+
+    Lock lock(mutex);
+    // If everybody asks, all may ask a little more, rather than one be locked out.
+    if (full_at.size() == 16384) full_at.clear();
+    Time& full = full_at[host];
+    const Time then = std::max(full, now) + one_query;
+    if (then > now + seconds(1)) return true;
+    full = then;
+    return false;
+}
+
+// ---- Threads -----------------------------------------------------------------------------------
+
+bool guard(const std::function<void()>& work) {
+    try {
+        work();
+        return true;
+    } catch (const std::exception& e) {
+        dprintf(STDOUT_FILENO, "FAILURE thread: %s\n", e.what());
+        return false;
+    }
+}
+
+bool detach(std::function<void()> work) {
+    return guard([&] { std::thread([work = std::move(work)] { guard(work); }).detach(); });
 }
 
 // ---- Upstreams ---------------------------------------------------------------------------------
+// What is known of a resolver's address: how it is, its tickets, its ready connections. Each class
+// here has a lock of its own. No lock is held across a call that can wait: no OpenSSL, no close(2)
+// and no output.
 
-// Set once, by prepare(), before the first thread starts.
-static std::vector<std::unique_ptr<struct Upstream>> upstreams;
-static SSL_CTX* ctx;
-static std::atomic<Time> asked{Time::min()};  // when the last query came
+class Connection;
+
+// How long something usually takes: an average that a few slow ones do not spoil.
+class UsualTime {
+public:
+    // Of what is slower, one part in `inertia` is believed; of what is faster, one in eight.
+    explicit UsualTime(int inertia) : inertia(inertia) {}
+
+    void add(Duration took) {
+        Lock lock(mutex);
+        if (usual == Duration(0)) {
+            usual = took;
+        } else if (took < usual) {
+            usual -= (usual - took) / 8;
+        } else {
+            usual += std::min(took - usual, usual) / inertia;
+        }
+    }
+
+    Duration get() {  // 0: not known yet
+        Lock lock(mutex);
+        return usual;
+    }
+
+private:
+    const int inertia;
+    std::mutex mutex;  // guards what follows
+    Duration usual{};
+};
 
 using Session = std::shared_ptr<SSL_SESSION>;
-using Connections = std::vector<std::shared_ptr<Connection>>;
 
-// Tickets kept; ready connections even if little is asked; points of blame for one that is no use.
-constexpr size_t most_tickets = 128, warm_stock = 2, useless = 1000;
-constexpr Clock::duration longest_idle = seconds(25), shortest_idle = seconds(1);
-
-// What was learnt of a peer, and the connections that are ready: a thread that has answered opens
-// the next one and parks it. So a query still has one that nobody used before, and waits for one
-// round trip; the number parked follows the load. The oldest is taken, for its tickets have arrived
-// and been acknowledged: a newer one would hold the answer up.
-struct Upstream : Peer {
-    explicit Upstream(const Peer& peer) : Peer(peer) {}
-    std::atomic<int> group{0};     // the key exchange it chose last (an OpenSSL NID); 0: unknown
-    std::atomic<Clock::duration> quickest{seconds(1)};  // of its answers, of late
-    std::atomic<Clock::duration> usual{};               // until it answers; 0: unknown
-
-    // Whether it may be asked now: it did not fail, or its time of rest is over. Then the caller is
-    // the one who tries it: others are told no, for twice as long as before, or until it answers.
-    // In pass 2, when nobody else can be asked, one that was no more than late may be; and in pass
-    // 3 any that rested for `wait` ms: so that an outage is over for clients soon after it is over.
-    bool available(int pass, int wait) {
-        Lock lock(mutex_);
-        const bool rested = Clock::now() >= (pass < 3 ? rest_until_ : tried_ + milliseconds(wait));
-        if (rested && failures_) rest();
-        return rested || (pass >= 2 && points_ < useless);
+// Tickets to resume TLS sessions with, which saves the resolver the costly part of a handshake.
+class Tickets {
+public:
+    void keep(Session ticket) {
+        Lock lock(mutex);
+        if (tickets.size() == most) tickets.pop_front();
+        tickets.push_back(std::move(ticket));
     }
 
-    // Three points and no answer in between: it rests for 1 s, doubling to 5 min.
-    void blame(size_t points, const std::string& why) {
-        Lock lock(mutex_);
-        if ((points_ += points) < 3 || Clock::now() < rest_until_) return;
-        if (failures_ == 0) say("UPSTREAM " + why + ": asked last until it answers");
-        rest();
-    }
-
-    void answered(Clock::duration took) {
-        Lock lock(mutex_);
-        if (failures_ > 0) say("UPSTREAM " + address.str() + " answers again");
-        failures_ = points_ = 0;
-        rest_until_ = {};
-        quickest = std::min(took, quickest.load() * 65 / 64);
-        // One slow answer must not spoil the average.
-        const Clock::duration was = usual;
-        usual = was.count() ? was + (std::min(took, 2 * was) - was) / 8 : took;
-    }
-
-    // Called by OpenSSL with each ticket. RFC 8446 4.6.1: a lifetime of 0 means discard it, and no
-    // server may say more than a week (when it is over OpenSSL sees). TLS 1.2 need not say.
-    static int keep(SSL* ssl, SSL_SESSION* session) {
-        const unsigned long lifetime = SSL_SESSION_get_ticket_lifetime_hint(session);
-        if (lifetime > 7 * 86400 || (!lifetime && SSL_version(ssl) >= TLS1_3_VERSION)) return 0;
-        Upstream& own = *static_cast<Upstream*>(SSL_get_app_data(ssl));
-        Lock lock(own.mutex_);
-        if (own.tickets_.size() == most_tickets) own.tickets_.pop_front();
-        // A copy: the connection keeps its own, and is freed by another thread.
-        SSL_SESSION* const copy = SSL_SESSION_dup(session);
-        if (copy) own.tickets_.emplace_back(copy, SSL_SESSION_free);
-        return 0;  // nothing of the original is kept
-    }
-
-    // For one use, RFC 8446 C.4; empty: there is none.
-    Session ticket() {
-        Lock lock(mutex_);
-        if (tickets_.empty()) return nullptr;
-        Session newest(SSL_SESSION_dup(tickets_.back().get()), SSL_SESSION_free);
+    // Returns a ticket for one handshake; nullptr: there is none.
+    Session take() {
+        Lock lock(mutex);
+        if (tickets.empty()) return nullptr;
+        Session newest = tickets.back();
+        // RFC 8446 C.4: an observer could link two sessions that begin with the same ticket.
         // TLS 1.2 shows its ticket to every observer anyway, and seldom gives a new one.
-        const int version = SSL_SESSION_get_protocol_version(tickets_.back().get());
-        if (version >= TLS1_3_VERSION) tickets_.pop_back();
+        if (SSL_SESSION_get_protocol_version(newest.get()) >= TLS1_3_VERSION) tickets.pop_back();
         return newest;
     }
 
-    // The oldest ready connection, alive and not too old; empty: there is none. Drops others.
-    std::shared_ptr<Connection> take();
-
-    // A place for one more, to be filled by park(). false: there are enough; of those that are not
-    // asked for yet (`extra`) enough is twice as many ready as there are being opened.
-    bool reserve(bool extra = false) {
-        Lock lock(mutex_);
-        if (extra && parked_.size() + 2 >= 2 * opening_) return false;
-        return parked_.size() + opening_ < size_t(settings.ready) && ++opening_ > 0;
+    // After a handshake that failed: the tickets may have been the reason (RFC 5246 7.2.2).
+    void forget() {
+        std::deque<Session> forgotten;
+        Lock lock(mutex);
+        forgotten.swap(tickets);
     }
 
-    void park(std::shared_ptr<Connection> connection) {  // empty: it came to nothing
-        Lock lock(mutex_);
-        --opening_;
-        if (connection) parked_.push_back(std::move(connection));
-    }
-
-    // Drops those that are dead or too old. Returns how many there are; nullopt: no more are wanted
-    // until it was asked, or has rested.
-    std::optional<size_t> tend() {
-        Lock lock(mutex_);  // so that no query misses the only one while it is looked at
-        if (auto oldest = take()) parked_.push_front(std::move(oldest));
-        if (points_ >= useless || Clock::now() < rest_until_) return std::nullopt;
-        return parked_.size() + opening_;
-    }
-
-    void rest() {
-        // RFC 9520 3.2: a failure is remembered for a second at least, and 5 min at most.
-        tried_ = Clock::now();
-        rest_until_ = tried_ + std::min(seconds(300), seconds(1 << std::min(failures_++, 9)));
-    }
-
-    std::recursive_mutex mutex_;  // guards all below
-    std::deque<Session> tickets_;
-    std::deque<std::shared_ptr<Connection>> parked_;
-    Clock::duration idle_limit_ = longest_idle;  // learnt: how long it leaves a connection open
-    size_t points_ = 0, opening_ = 0;
-    Time rest_until_{}, tried_{};
-    int failures_ = 0;  // rests, and no answer in between
+private:
+    static constexpr size_t most = 128;
+    std::mutex mutex;  // guards what follows
+    std::deque<Session> tickets;
 };
 
-// ---- TLS ---------------------------------------------------------------------------------------
-// Every setting that decides whom the proxy trusts is in prepare() and Connection().
-
-void prepare() {
-    for (auto& peer : settings.upstreams) upstreams.push_back(std::make_unique<Upstream>(peer));
-    ctx = SSL_CTX_new(TLS_client_method());
-    SSL_CTX_set_min_proto_version(ctx, TLS1_2_VERSION);  // RFC 9325 3.1.1
-    SSL_CTX_set_options(ctx, SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION);
-    SSL_CTX_set_verify(ctx, SSL_VERIFY_PEER, nullptr);
-    // Else OpenSSL takes the subject's CN for a name, which RFC 8310 8.1 forbids.
-    X509_VERIFY_PARAM_set_hostflags(SSL_CTX_get0_param(ctx), X509_CHECK_FLAG_NEVER_CHECK_SUBJECT |
-                                                             X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS);
-    SSL_CTX_set_alpn_protos(ctx, reinterpret_cast<const uint8_t*>("\3dot"), 4);
-    SSL_CTX_set_session_cache_mode(ctx, SSL_SESS_CACHE_CLIENT | SSL_SESS_CACHE_NO_INTERNAL);
-    SSL_CTX_sess_set_new_cb(ctx, Upstream::keep);
-    if (!settings.reuse) SSL_CTX_set_mode(ctx, SSL_MODE_RELEASE_BUFFERS);
-    SSL_CTX_set_read_ahead(ctx, 1);  // one read(2) for a record's header and what is in it
-    SSL_CTX_dane_enable(ctx);  // OpenSSL's way to compare keys with pins
-    for (auto& file : settings.ca)
-        if (!SSL_CTX_load_verify_file(ctx, file.c_str()))
-            throw BadOption("no certificates in " + file);
-    if (settings.ca.empty()) SSL_CTX_set_default_verify_paths(ctx);
-}
-
-// [4]-[6] One TCP and TLS connection, used by one thread at a time. Its socket does not block, so
-// that every wait is a poll(2) with the query's deadline, and one thread can wait for several.
-//
-// Its life: it is dialled (by a thread that has just answered, or by a query that found none
-// ready), verified, perhaps parked, given a query by send(), and moved on by advance() until there
-// is an answer. Whatever fails in between ends it: why_ tells why, and another one is tried.
-struct Connection {
-    // Begins to connect.
-    explicit Connection(Upstream& to) : upstream(to), ssl(SSL_new(ctx), SSL_free) {
-        count("dialled");
-        fd = socket(to.address.any.sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-        bool done = fd >= 0 && ssl && SSL_set_fd(ssl.get(), fd) &&
-                    SSL_dane_enable(ssl.get(), to.name.c_str()) > 0;  // SNI, and the name to prove
-        // RFC 7858 4.2: a key of the verified chain, the server's own (usage 1) or one that signed
-        // it (0), must be a pin (selector 1: a key; type 1: its SHA-256), RFC 8310 6.4.
-        for (auto& pin : to.pins)
-            for (int usage : {0, 1})
-                done = done && SSL_dane_tlsa_add(ssl.get(), usage, 1, 1, &pin[0], pin.size()) > 0;
-        if (!done) { fail("cannot be dialled: no open files or memory left", 0); return; }
-        SSL_set_app_data(ssl.get(), &to);
-        // The group that this server chose before goes first, else it asks for a second hello.
-        int groups[] = {NID_X25519, NID_X9_62_prime256v1, NID_secp384r1, NID_secp521r1};
-        std::stable_partition(groups, std::end(groups), [&](int one) { return one == to.group; });
-        SSL_set1_groups(ssl.get(), groups, std::size(groups));
-        if (Session ticket = to.ticket()) SSL_set_session(ssl.get(), ticket.get());
-        set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
-        if (connect(fd, &to.address.any, to.address.size()) && errno != EINPROGRESS)
-            fail(strerror(errno), errno == EADDRNOTAVAIL ? 0 : useless);  // we are out of ports
+// Whether an upstream is well. One that is at fault rests: it is asked last. From time to time one
+// query asks it all the same, to see whether it is back.
+class Health {
+public:
+    bool is_well() {
+        Lock lock(mutex);
+        return Clock::now() >= rests_until;
     }
 
-    ~Connection() {
-        // RFC 8446 6.1: else the other end could not tell this from an attacker's cut.
-        if (verified && why_.empty()) SSL_shutdown(ssl.get());
-        if (fd >= 0) close(fd);
-    }
-
-    void send(const Query& query, const Bytes& message) {  // by advance()
-        query_ = &query;
-        ready = verified;
-        count("ready", ready);
-        out_ = frame(message);
-        in_.assign(2, 0);
-        have_ = 0;
-    }
-
-    // Goes on as far as it can without waiting. true: it has an answer, or without a query to send
-    // it is verified. false: it waits, or has failed.
-    bool advance() {
-        if (!why_.empty()) return false;
-        ERR_clear_error();  // another connection of this thread may have left some
-        if (!verified) {  // [4]
-            if (!call(SSL_connect(ssl.get()))) return false;
-            verified = true;  // OpenSSL has judged the certificate, and the protocol chosen by ALPN
-            since = Clock::now();
-            upstream.group = int(SSL_get_negotiated_group(ssl.get()));
-            count("resumed", SSL_session_reused(ssl.get()));
-        }
-        if (!out_.empty()) {  // [5] RFC 7858 3.3: length and message together, in one record
-            if (!call(SSL_write(ssl.get(), out_.data(), int(out_.size())))) return false;
-            since = Clock::now();
-            if (settings.verbose) tell_how();
-            tell(5, text("2 + %zu octets in one record", out_.size() - 2), out_);
-            out_.clear();
-            return events = POLLIN, false;  // it will take a while
-        }
-        while (have_ < in_.size()) {  // [6] the length, then as many octets
-            const int got = call(SSL_read(ssl.get(), &in_[have_], int(in_.size() - have_)));
-            // Not the whole answer yet, but tickets, or its begin. The rest waits in the resolver,
-            // by Nagle's algorithm, until those are acknowledged: now, and not after 40 ms.
-            if (!got) return set_option(fd, IPPROTO_TCP, TCP_QUICKACK, 1), false;
-            have_ += size_t(got);
-            if (have_ == 2) in_.resize(2 + size_t(u16(in_, 0)));
-        }
-        if (settings.verbose) tell(6, text("2 + %zu octets", in_.size() - 2), in_);
+    // A query is about to ask it, as it is well or its rest is over. Returns false if another query
+    // is finding out just now whether it is back.
+    bool claim() {
+        Lock lock(mutex);
+        const Time now = Clock::now();
+        if (faults == 0) return true;
+        if (now < rests_until) return false;
+        begin_rest(now);
         return true;
     }
 
-    // When verified: the other end has not closed it. That is one system call and no wait, so that
-    // take() may look while it holds the lock.
-    bool alive() {
-        uint8_t octet;
-        if (!in_.empty() && Clock::now() < since + seconds(1)) return true;  // it just was
-        ERR_clear_error();  // this also reads the tickets that have come
-        return SSL_get_error(ssl.get(), SSL_peek(ssl.get(), &octet, 1)) == SSL_ERROR_WANT_READ;
+    // The same for one that rests, when nobody else can be asked: one query in 100 ms may.
+    bool claim_at_rest() {
+        Lock lock(mutex);
+        const Time now = Clock::now();
+        if (now < asked_at + milliseconds(100)) return false;
+        asked_at = now;
+        return true;
     }
 
-    // When another try is worth while, if it does not get on until then.
-    Time patience() const {
-        if (!upstream.usual.load().count()) return since + milliseconds(250);  // RFC 8305 5
-        // 1.5 times the usual. 2.5 times to be verified, which takes two round trips, and then 3
-        // times, for the answer may wait behind tickets. What is less than 25 ms late is the
-        // scheduler's fault more often than the network's.
-        const Clock::duration late = upstream.usual.load() * (ready ? 3 : verified ? 6 : 5) / 2;
-        return since + std::max(late, Clock::duration(25000000));
+    // It has proved who it is.
+    void verified(const std::string& address) {
+        bool is_back = false;
+        {
+            Lock lock(mutex);
+            last_handshake = Clock::now();
+            if (!is_deaf) is_back = recover();
+        }
+        if (is_back) say("UPSTREAM " + address + " answers again");
+    }
+
+    void answered(const std::string& address) {
+        bool is_back = false;
+        {
+            Lock lock(mutex);
+            last_answer = Clock::now();
+            lates = 0;
+            is_back = recover();
+        }
+        if (is_back) say("UPSTREAM " + address + " answers again");
+    }
+
+    // It could not be reached, or could not prove who it is, or answers nobody.
+    void at_fault(const std::string& why) {
+        {
+            Lock lock(mutex);
+            const Time now = Clock::now();
+            if (faults > 0 && now < rests_until) return;
+            const bool is_told = faults > 0;
+            begin_rest(now);
+            if (is_told) return;
+        }
+        say("UPSTREAM " + why + ": asked last until it answers");
+    }
+
+    // A try that began at that time is late. That is the upstream's fault only if nobody else hears
+    // from it either, for three such tries: else a client could make it rest by asking for names
+    // that take long. A handshake is something that was heard, too, but only for half a second.
+    // `is_news`: this try was not late before.
+    void late(Time begun, bool is_news, const std::string& why) {
+        {
+            Lock lock(mutex);
+            if (last_answer >= begun) return;
+            if (lates == 0) first_late = begun;
+            if (is_news) lates++;
+            const bool is_silent = last_handshake < first_late;
+            const bool is_over = Clock::now() >= first_late + milliseconds(500);
+            if (lates < 3) return;
+            if (!is_silent && !is_over) return;
+            is_deaf = !is_silent;
+        }
+        at_fault(why);
+    }
+
+    // It cannot be asked for a reason on this machine, such as a missing route.
+    void pass_over() {
+        Lock lock(mutex);
+        rests_until = std::max(rests_until, Clock::now() + seconds(1));
+    }
+
+private:
+    // RFC 9520 3.2: a failure is remembered for a second at least, and for five minutes at most.
+    void begin_rest(Time now) {
+        rests_until = now + std::min(seconds(300), seconds(1 << std::min(faults, 9)));
+        asked_at = now;
+        faults++;
+    }
+
+    bool recover() {
+        const bool was_at_fault = faults > 0;
+        faults = 0;
+        is_deaf = false;
+        rests_until = {};
+        return was_at_fault;
+    }
+
+    std::mutex mutex;      // guards what follows
+    int faults = 0;        // since it answered last
+    int lates = 0;         // tries that were late, since it answered last
+    bool is_deaf = false;  // it shakes hands but answers nobody
+    Time first_late{};     // when the first of these tries began
+    Time last_handshake{};
+    Time last_answer{};
+    Time rests_until{};
+    Time asked_at{};  // while it rests
+};
+
+// The ready connections of an upstream, oldest first. They are used in this order: the tickets of
+// an old one have come and were acknowledged, while those of a new one would hold its answer up.
+//
+// The stock is as large as the resolver likes. What it likes shows in how long a handshake takes:
+// if the usual time of one grows to three times the best one, the resolver is overloaded, and the
+// stock is halved. It grows again as its connections are used.
+class Stock {
+public:
+    explicit Stock(size_t most) : most(most), room(most) {}
+
+    // A place in the stock for a connection that will be opened; nullptr: there is no room. It is
+    // given back when its owner lets go of it.
+    using Place = std::shared_ptr<void>;
+    Place reserve() {
+        {
+            Lock lock(mutex);
+            if (places >= room) return nullptr;
+            places++;
+        }
+        return Place(this, [this](void*) {
+            Lock lock(mutex);
+            places--;
+        });
+    }
+
+    void park(std::shared_ptr<Connection> connection) {
+        Lock lock(mutex);
+        parked.push_back(std::move(connection));
+    }
+
+    std::shared_ptr<Connection> take();  // the oldest that is alive; nullptr: there is none
+    void drop_dead();
+    void drop_older_than(Time time);
+
+    size_t size() {  // with those that are being opened
+        Lock lock(mutex);
+        return places;
+    }
+
+    bool is_low() {  // More are being opened than wait.
+        Lock lock(mutex);
+        return parked.size() < places - parked.size();
+    }
+
+    bool may_be_renewed() {
+        Lock lock(mutex);
+        return Clock::now() >= renew_at;
+    }
+
+    // A ready connection has brought an answer.
+    void used() {
+        Lock lock(mutex);
+        deaths = 0;
+        renew_at = {};
+        uses++;
+        if (uses < room || room >= most) return;
+        room++;
+        uses = 0;
+    }
+
+    // A handshake took so long.
+    void dialled(Duration took) {
+        usual_dial.add(took);
+        const Duration usual = usual_dial.get();
+        Lock lock(mutex);
+        best_dial = std::min(took, best_dial + best_dial / 256);
+        if (usual >= 3 * best_dial + milliseconds(5)) halve(usual);
+    }
+
+    // The resolver has refused a connection while it served others.
+    void refused() {
+        Lock lock(mutex);
+        halve(usual_dial.get());
+    }
+
+    // A ready connection was closed before it was used, at that age. Soon means that the resolver
+    // does not want it: the next one waits for a second, then two, and at most a minute.
+    void died(Duration age) {
+        Lock lock(mutex);
+        if (age >= seconds(5)) return;
+        halve(seconds(1));
+        renew_at = Clock::now() + std::min(seconds(60), seconds(1 << std::min(deaths, 6)));
+        deaths++;
+    }
+
+private:
+    // Halves the room, once in the time that it takes until this shows.
+    void halve(Duration once_in) {
+        const Time now = Clock::now();
+        if (now < halved_at + once_in) return;
+        halved_at = now;
+        room = std::max<size_t>(std::min(room, places) / 2, std::min<size_t>(most, 1));
+    }
+    std::shared_ptr<Connection> pop_oldest();
+    bool is_fit(Connection& connection);
+
+    const size_t most;
+    UsualTime usual_dial{8};
+    std::mutex mutex;                                // guards what follows
+    std::deque<std::shared_ptr<Connection>> parked;  // the oldest first
+    size_t room;                                     // for so many
+    size_t places = 0;                               // parked or being opened
+    size_t uses = 0;                                 // since the room grew
+    int deaths = 0;                                  // soon and unused, one after the other
+    Duration best_dial = seconds(10);
+    Time halved_at{};
+    Time renew_at{};
+};
+
+struct Upstream : Peer {
+    Upstream(const Peer& peer, size_t number)
+        : Peer(peer), number(number), stock(size_t(settings.ready)) {}
+
+    const size_t number;  // its place in the user's order
+    Health health;
+    Tickets tickets;
+    Stock stock;
+    UsualTime usual_answer{64};  // from a query that was sent to its answer
+    std::atomic<int> open{0};    // verified connections
+    std::atomic<int> group{0};   // of the last key exchange, as an OpenSSL NID; 0: none yet
+};
+
+// Set once, by prepare(), before the first thread starts.
+static std::vector<std::unique_ptr<Upstream>> upstreams;
+static SSL_CTX* tls;
+
+// ---- A transaction -----------------------------------------------------------------------------
+
+// How a try to ask an upstream came to nothing. Thrown by a connection, caught by carry().
+struct Failure {
+    enum Cause {
+        OVERTAKEN,  // another try has brought the answer
+        LOCAL,      // something on this machine, such as no route or too many open files
+        TIMEOUT,    // the deadline
+        CLOSED,     // the other end refused, reset or closed the connection
+        FAULT,      // the other end could not prove who it is, or broke a protocol
+    };
+    enum Stage { STARTED, CONNECTED, VERIFIED, ASKED };  // how far the try had got
+    Cause cause;
+    Stage stage;
+    std::string why;
+};
+
+static std::atomic<bool> somebody_answered{false};
+
+// A query and its answer. The threads that carry it share it, and nobody else holds it. The first
+// good answer is the client's; if the last thread lets go and there was none, the client gets
+// SERVFAIL. So every query that was taken has one answer, whatever happens.
+class Transaction : public std::enable_shared_from_this<Transaction> {
+public:
+    Transaction(std::shared_ptr<const Query> query, std::function<void(const Outcome&)> finish)
+        : query(*query),
+          is_repeatable(((get16(query->octets, flags_at) & FLAGS_OPCODE) >> 11) == OPCODE_QUERY),
+          owner(std::move(query)),
+          finish(std::move(finish)),
+          tries(upstreams.size()) {}
+
+    ~Transaction() {
+        guard([&] {
+            if (answer({reply(query, SERVFAIL, EDE_NETWORK_ERROR), false, reason})) give_advice();
+        });
+    }
+
+    // [8] Returns false if there was an answer before.
+    bool answer(Outcome outcome) {
+        if (was_answered.exchange(true)) return false;
+        try {
+            outcome.answer = cut(query, std::move(outcome.answer), size_t(settings.max_udp));
+            finish(outcome);
+        } catch (...) {
+            was_answered = false;  // Nothing was sent: the destructor will try again.
+            throw;
+        }
+        return true;
+    }
+
+    bool is_answered() const { return was_answered; }
+
+    // Which upstream to ask next; nullptr: none. Each may be asked three times for one query (RFC
+    // 9520 3.1), and none a second time before every other that is well was asked. After a failure
+    // an upstream is left alone for 50 ms, then 100. Waits if somebody may be asked later.
+    Upstream* next_upstream() {
+        for (;;) {
+            if (was_answered || Clock::now() >= query.deadline) return nullptr;
+            bool may_wait = false;
+            Upstream* const next = choose(may_wait);
+            if (next || !may_wait) return next;
+            std::this_thread::sleep_for(milliseconds(20));
+        }
+    }
+
+    // Whether this try may take a ready connection. Another one cures a lost packet, so the second
+    // try may take one as well. The third differs from what failed: it dials.
+    bool may_use_ready(const Upstream& upstream) {
+        Lock lock(mutex);
+        Tries& one = tries[upstream.number];
+        // What may be sent only once goes over a connection that is alive for certain.
+        if (!is_repeatable || was_closed > 0) return false;
+        return one.ready < most_ready;
+    }
+
+    void uses_ready(const Upstream& upstream) {
+        Lock lock(mutex);
+        tries[upstream.number].ready++;
+    }
+
+    bool has_used_all_ready(const Upstream& upstream) {
+        Lock lock(mutex);
+        return tries[upstream.number].ready == most_ready;
+    }
+
+    void will_be_sent() { was_sent = true; }
+    bool was_closed_upon() const { return was_closed > 0; }
+
+    // A try has failed. `costs_a_try`: the upstream was asked. `is_end`: it met the query by
+    // closing a connection that nobody had used before.
+    void failed(const Upstream& upstream, const Failure& failure, bool costs_a_try, bool is_end) {
+        Lock lock(mutex);
+        Tries& one = tries[upstream.number];
+        if (!costs_a_try) one.asked--;
+        if (is_end) was_closed++;
+        one.not_before = Clock::now() + one.pause;
+        one.pause = std::min<Duration>(2 * one.pause, milliseconds(400));
+        // The reason that the client's line tells is that of the try which got furthest.
+        const int rank = failure.cause == Failure::LOCAL ? -1 : failure.stage;
+        if (rank < furthest) return;
+        furthest = rank;
+        reason = upstream.address.str() + " " + failure.why;
+    }
+
+    const Query& query;
+    const bool is_repeatable;  // It may be sent twice: UPDATE, for example, may not.
+
+private:
+    static constexpr int most_ready = 2;
+
+    struct Tries {
+        int asked = 0;  // so often, for this query
+        int ready = 0;  // over so many ready connections
+        Time not_before{};
+        Duration pause = milliseconds(50);
+    };
+
+    bool may_ask(const Upstream& upstream) const {
+        if (was_sent && !is_repeatable) return false;
+        // A query that was met twice by the end of a connection is what they refuse to answer.
+        const int most = was_closed >= 2 ? 1 : 3;
+        return tries[upstream.number].asked < most;
+    }
+
+    // The first, in the user's order, of those that were asked least; of those that rest only if no
+    // other may be asked.
+    Upstream* choose(bool& may_wait) {
+        Lock lock(mutex);
+        const Time now = Clock::now();
+        Upstream* well = nullptr;
+        Upstream* at_rest = nullptr;
+        bool is_one_well = false;
+        for (const auto& upstream : upstreams) {
+            if (!may_ask(*upstream)) continue;
+            may_wait = true;
+            const bool is_well = upstream->health.is_well();
+            is_one_well = is_one_well || is_well;
+            const Tries& one = tries[upstream->number];
+            if (now < one.not_before) continue;
+            Upstream*& best = is_well ? well : at_rest;
+            if (!best || one.asked < tries[best->number].asked) best = upstream.get();
+        }
+        if (well && !well->health.claim()) well = nullptr;
+        if (!well && !is_one_well && at_rest && at_rest->health.claim_at_rest()) well = at_rest;
+        if (well) tries[well->number].asked++;
+        return well;
+    }
+
+    void give_advice() {
+        static std::atomic<bool> was_given{false};
+        const auto has_port_853 = [](auto& upstream) { return upstream->address.port() == 853; };
+        if (somebody_answered || furthest != Failure::STARTED) return;
+        if (!std::ranges::all_of(upstreams, has_port_853) || was_given.exchange(true)) return;
+        say("UPSTREAM nobody can be reached: TCP port 853 may be filtered here; some resolvers "
+            "answer on port 443 as well: --upstream ADDR@443#NAME");
+    }
+
+    const std::shared_ptr<const Query> owner;
+    const std::function<void(const Outcome&)> finish;
+    std::atomic<bool> was_answered{false};
+    std::atomic<bool> was_sent{false};
+    std::atomic<int> was_closed{0};
+    std::mutex mutex;          // guards what follows
+    std::vector<Tries> tries;  // one for each upstream
+    std::string reason = "nobody could be asked in time";
+    int furthest = -1;
+};
+
+// A try is late: the race. Returns true if it need not call again.
+static bool join(Transaction& transaction, Upstream& upstream);
+
+// ---- TLS ---------------------------------------------------------------------------------------
+// Every setting that decides whom the proxy trusts is in prepare() and in Connection::set_up_tls().
+
+// Called by OpenSSL with each new ticket. Returns 0: nothing of the original is kept.
+static int on_ticket(SSL* ssl, SSL_SESSION* session) {
+    Upstream& upstream = *static_cast<Upstream*>(SSL_get_app_data(ssl));
+    const unsigned long lifetime = SSL_SESSION_get_ticket_lifetime_hint(session);
+    // RFC 8446 4.6.1: nobody may promise more than a week, and 0 means not to keep it; only in TLS
+    // 1.2 it means nothing. OpenSSL sees when the lifetime is over.
+    if (lifetime > 7 * 86400) return 0;
+    if (lifetime == 0 && SSL_version(ssl) >= TLS1_3_VERSION) return 0;
+    // A copy: the original belongs to a connection, which another thread may be using.
+    const Session copy(SSL_SESSION_dup(session), SSL_SESSION_free);
+    if (copy) upstream.tickets.keep(copy);
+    return 0;
+}
+
+static int keylog_file = -1;
+
+static void write_key(const SSL*, const char* line) {
+    const std::string whole = std::string(line) + "\n";
+    (void)!write(keylog_file, whole.data(),
+                 whole.size());  // It is a help, and must not stop anybody.
+}
+
+static void log_keys() {
+    keylog_file = open(settings.keylog.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+    if (keylog_file < 0) throw BadOption("--keylog " + settings.keylog + ": " + strerror(errno));
+    SSL_CTX_set_keylog_callback(tls, write_key);
+    fprintf(stderr, "dot-proxy: warning: whoever can read %s can read every query\n",
+            settings.keylog.c_str());
+}
+
+static bool has_system_certificates() {
+    const STACK_OF(X509_OBJECT)* found = X509_STORE_get0_objects(SSL_CTX_get_cert_store(tls));
+    if (sk_X509_OBJECT_num(found) > 0) return true;  // those of the file
+    const char* directory = getenv(X509_get_default_cert_dir_env());
+    if (!directory) directory = X509_get_default_cert_dir();
+    std::error_code ignored;
+    return std::filesystem::directory_iterator(directory, ignored) !=
+           std::filesystem::directory_iterator();
+}
+
+static void load_certificates() {
+    for (const std::string& file : settings.ca) {
+        if (access(file.c_str(), R_OK) != 0)
+            throw BadOption("--ca " + file + ": " + strerror(errno));
+        if (!SSL_CTX_load_verify_file(tls, file.c_str()))
+            throw BadOption("--ca " + file + ": there are no certificates in it");
+    }
+    if (!settings.ca.empty()) return;
+    SSL_CTX_set_default_verify_paths(tls);
+    if (has_system_certificates()) return;
+    fprintf(stderr,
+            "dot-proxy: warning: no certificates to trust, so no resolver can be verified; "
+            "install ca-certificates, or name a file with --ca\n");
+}
+
+void prepare() {
+    for (const Peer& peer : settings.upstreams)
+        upstreams.push_back(std::make_unique<Upstream>(peer, upstreams.size()));
+    tls = SSL_CTX_new(TLS_client_method());
+    SSL_CTX_set_min_proto_version(tls, TLS1_2_VERSION);  // RFC 9325 3.1.1
+    SSL_CTX_set_options(tls, SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION);
+    SSL_CTX_set_verify(tls, SSL_VERIFY_PEER, nullptr);
+    // Otherwise OpenSSL takes the subject's CN for a name, which RFC 8310 8.1 forbids.
+    X509_VERIFY_PARAM_set_hostflags(
+        SSL_CTX_get0_param(tls),
+        X509_CHECK_FLAG_NEVER_CHECK_SUBJECT | X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS);
+    SSL_CTX_set_max_cert_list(tls, 32 * 1024);  // octets
+    SSL_CTX_set_alpn_protos(tls, reinterpret_cast<const uint8_t*>("\3dot"), 4);
+    SSL_CTX_set_session_cache_mode(tls, SSL_SESS_CACHE_CLIENT | SSL_SESS_CACHE_NO_INTERNAL);
+    SSL_CTX_sess_set_new_cb(tls, on_ticket);
+    SSL_CTX_dane_enable(tls);        // OpenSSL's way to compare keys with pins
+    SSL_CTX_set_read_ahead(tls, 1);  // one read(2) for a record's header and what is in it
+    if (!settings.reuse) SSL_CTX_set_mode(tls, SSL_MODE_RELEASE_BUFFERS);
+    load_certificates();
+    if (!settings.keylog.empty()) log_keys();
+}
+
+// [4] to [6] A TCP and TLS connection, used by one thread at a time. Its socket blocks: each
+// function returns when it is done, or throws a Failure.
+//
+// A blocking call must not outlive the deadline, even if the other end sends an octet now and then,
+// or tickets without end. OpenSSL calls before_io() before each read(2) and write(2). There the
+// time that is left becomes the time limit of the socket; if none is left, the call fails.
+class Connection {
+public:
+    Connection(Upstream& upstream, Time deadline)
+        : upstream(upstream), deadline(deadline), ssl(SSL_new(tls), SSL_free) {}
+
+    ~Connection() {
+        deadline = Clock::now() + milliseconds(5);
+        wake_at = deadline;
+        // RFC 8446 6.1: otherwise the other end could not tell this from an attacker's cut.
+        if (is_verified && !has_failed) {
+            SSL_shutdown(ssl.get());
+            upstream.open--;
+        }
+        ssl.reset();
+        if (fd >= 0) close(fd);
+    }
+
+    // From now on it works for this transaction. nullptr: for nobody, or nobody yet.
+    void work_for(Transaction* whom) {
+        transaction = whom;
+        is_joined = false;
+        late_at = Time::max();
+        if (stage == Failure::ASKED) stage = Failure::VERIFIED;
+        if (whom) deadline = whom->query.deadline;
+    }
+
+    void dial() {  // [4]
+        const Time begun = Clock::now();
+        count("dialled");
+        open_socket();
+        set_up_tls();
+        expect_within(2.5);  // It takes two round trips.
+        persist([&] { return is_connected(); });
+        stage = Failure::CONNECTED;
+        persist([&] { return is_done(SSL_connect(ssl.get())); });
+        // Now OpenSSL has judged the certificate, and the protocol that ALPN chose.
+        stage = Failure::VERIFIED;
+        is_verified = true;
+        upstream.open++;
+        if (!is_alive()) throw failure(Failure::CLOSED, "closed the connection at once");
+        upstream.group = int(SSL_get_negotiated_group(ssl.get()));
+        upstream.health.verified(upstream.address.str());
+        upstream.stock.dialled(Clock::now() - begun);
+        if (SSL_session_reused(ssl.get())) count("resumed");
+        opened = Clock::now();
+    }
+
+    // Reads the tickets that follow a handshake, so that nothing is left to read but the end.
+    void settle() {
+        const Duration usual = upstream.usual_answer.get();
+        const Time until =
+            Clock::now() + std::clamp<Duration>(usual * 3 / 2, milliseconds(4), milliseconds(300));
+        wake_at = std::min(until, deadline);
+        octets_left = most_octets;
+        if (!is_quiet()) throw failure(Failure::CLOSED, "closed the connection at once");
+    }
+
+    // Whether it can be used: the other end has not closed it, and has sent nothing but tickets.
+    bool is_alive() {
+        uint8_t octet;
+        const ssize_t got = recv(fd, &octet, 1, MSG_PEEK | MSG_DONTWAIT);
+        const bool is_nothing_there = got < 0 && errno == EAGAIN;
+        if (is_nothing_there && !SSL_has_pending(ssl.get())) return true;
+        wake_at = Clock::now() + milliseconds(1);
+        octets_left = most_octets;
+        return is_quiet();
+    }
+
+    // [5] RFC 7858 3.3: the length and the message leave together, in one record.
+    void write(const Bytes& framed) {
+        expect_within(is_ready ? 1.5 : 3);  // A new one's answer may wait behind tickets.
+        stage = Failure::ASKED;
+        persist([&] { return is_done(SSL_write(ssl.get(), framed.data(), int(framed.size()))); });
+    }
+
+    Bytes read_message() {  // [6]
+        is_awaiting_answer = true;
+        const Bytes length = read(2);
+        const Bytes message = read(size_t(get16(length, 0)));
+        is_awaiting_answer = false;
+        return message;
     }
 
     std::string how() const {
         const std::string session = SSL_session_reused(ssl.get()) ? " resumed" : " full";
-        return SSL_get_version(ssl.get()) + session + (ready ? " ready" : " dialled");
+        return SSL_get_version(ssl.get()) + session + (is_ready ? " ready" : " dialled");
     }
 
-    std::string trouble() const {  // why it failed, or is late
-        const char* late = verified ? " no answer in time" : " no TLS connection in time";
-        return !why_.empty() ? why_ : upstream.address.str() + late;
-    }
-
-    bool fail(const std::string& why, size_t points) {  // false, always
-        tell(!verified ? 4 : out_.empty() ? 6 : 5, why);
-        why_ = upstream.address.str() + " " + why;
-        upstream.blame(points, why_);
-        return false;
-    }
-
-    Upstream& upstream;
-    const std::shared_ptr<SSL> ssl;
-    int fd;
-    short events = POLLOUT;  // what advance() waits for, as of poll(2)
-    bool verified = false;   // the other end proved who it is
-    bool ready = false;      // it was verified before the query came
-    Time since = Clock::now();  // when it was dialled, then verified, then its query was sent
-
-    // What an OpenSSL call returned; 0: it waits for `events`, or failed. The error queue was empty
-    // before the call, else an old error would be taken for its own.
-    int call(int result) {
-        const int error = errno;
-        if (result > 0) return result;
-        const int kind = SSL_get_error(ssl.get(), result);
-        events = kind == SSL_ERROR_WANT_WRITE ? POLLOUT : POLLIN;
-        if (kind == SSL_ERROR_WANT_READ || kind == SSL_ERROR_WANT_WRITE) return 0;
-        const long verdict = verified ? X509_V_OK : SSL_get_verify_result(ssl.get());
-        const char* reason = ERR_reason_error_string(ERR_peek_error());
-        X509* const one = verdict ? sk_X509_value(SSL_get0_verified_chain(ssl.get()), 0) : nullptr;
-        char buf[256];  // whose certificate came; with nothing in it that a terminal would obey
-        if (one) tell(4, text("came: %s", X509_NAME_oneline(X509_get_subject_name(one), buf, 256)));
-        const std::string why =
-            verdict == X509_V_ERR_HOSTNAME_MISMATCH ? "certificate does not match " + upstream.name
-            : verdict == X509_V_ERR_DANE_NO_MATCH ? "certificate has no pinned key"
-            : verdict ? text("certificate: %s", X509_verify_cert_error_string(verdict))
-            : reason ? text("TLS failed: %s", reason)
-            : kind == SSL_ERROR_SYSCALL && error ? strerror(error) : "closed the connection";
-        return fail(why, verified ? 0 : query_ ? useless : 1);  // less, if no client waited
-    }
-
-    void tell(int step, const std::string& what, const Bytes& m = Bytes(2)) const {
-        if (query_ && settings.verbose)
-            query_->tell(step, upstream.address.str() + " " + what, {m.begin() + 2, m.end()});
-    }
-
-    void tell_how() const {
+    std::string how_verified() const {
         tm end{};
         ASN1_TIME_to_tm(X509_get0_notAfter(SSL_get0_peer_certificate(ssl.get())), &end);
         const char* group = OBJ_nid2sn(int(SSL_get_negotiated_group(ssl.get())));
-        tell(4, how() + text(", %s, %s verified, good until %d-%02d-%02d", group,
-             upstream.name.c_str(), 1900 + end.tm_year, 1 + end.tm_mon, end.tm_mday));
+        return how() + text(", %s, %s verified, good until %d-%02d-%02d", group,
+                            upstream.name.c_str(), 1900 + end.tm_year, 1 + end.tm_mon, end.tm_mday);
     }
 
-    const Query* query_ = nullptr;
-    Bytes out_, in_;   // framed
-    size_t have_ = 0;  // octets of in
-    std::string why_;  // empty: it has not failed
+    // The failure to throw.
+    Failure failure(Failure::Cause cause, const std::string& why) {
+        if (is_verified && !has_failed) upstream.open--;
+        has_failed = true;
+        tell(is_verified ? 6 : 4, why);
+        return {cause, stage, why};
+    }
+
+    void tell(int step, const std::string& what, const Bytes& message = {}) const {
+        if (transaction)
+            transaction->query.tell(step, upstream.address.str() + " " + what, message);
+    }
+
+    Upstream& upstream;
+    Stock::Place place;     // in the stock; nullptr: it is in use
+    bool is_ready = false;  // It was opened before the query came.
+    bool is_used = false;   // It has brought an answer before, with --reuse.
+    Time opened{};          // when it was verified, or was used last
+    Time since{};           // when the last step began
+
+private:
+    void open_socket() {
+        fd = socket(upstream.address.any.sa_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        if (fd < 0) throw failure(Failure::LOCAL, strerror(errno));
+        set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
+    }
+
+    void set_up_tls() {
+        if (!ssl || !SSL_set_fd(ssl.get(), fd)) throw failure(Failure::LOCAL, "no memory left");
+        SSL_set_app_data(ssl.get(), &upstream);
+        BIO_set_callback_ex(SSL_get_rbio(ssl.get()), before_io);
+        BIO_set_callback_arg(SSL_get_rbio(ssl.get()), reinterpret_cast<char*>(this));
+        if (!set_name_and_pins()) throw failure(Failure::LOCAL, "no memory left");
+
+        // The group that this server chose before goes first. Otherwise it asks for a second hello,
+        // which costs a round trip.
+        int groups[] = {NID_X25519, NID_X9_62_prime256v1, NID_secp384r1, NID_secp521r1};
+        const auto was_chosen = [&](int group) { return group == upstream.group; };
+        std::stable_partition(std::begin(groups), std::end(groups), was_chosen);
+        SSL_set1_groups(ssl.get(), groups, std::size(groups));
+
+        const Session ticket = upstream.tickets.take();
+        if (!ticket) return;
+        // A copy: SSL_connect() writes to it, and another thread may use the original.
+        const Session copy(SSL_SESSION_dup(ticket.get()), SSL_SESSION_free);
+        if (copy) SSL_set_session(ssl.get(), copy.get());
+    }
+
+    // The name that must be in the certificate, and the keys of which one must be in its chain.
+    bool set_name_and_pins() {
+        const char* name = upstream.name.c_str();
+        bool is_good = true;
+        if (!upstream.pins.empty()) is_good = SSL_dane_enable(ssl.get(), name) > 0;
+        // RFC 7858 4.2: a key of the verified chain, the server's own (usage 1) or one that signed
+        // it (0), must be a pin (selector 1: a key; type 1: its SHA-256), RFC 8310 6.4.
+        for (const Bytes& pin : upstream.pins)
+            for (uint8_t usage : {0, 1})
+                is_good = is_good &&
+                          SSL_dane_tlsa_add(ssl.get(), usage, 1, 1, pin.data(), pin.size()) > 0;
+
+        X509_VERIFY_PARAM* param = SSL_get0_param(ssl.get());
+        if (is_ip_address(upstream.name)) {  // RFC 6066 3: an IP address is not sent as SNI
+            return is_good && X509_VERIFY_PARAM_set1_host(param, nullptr, 0) &&
+                   X509_VERIFY_PARAM_set1_ip_asc(param, name) &&
+                   SSL_set_tlsext_host_name(ssl.get(), nullptr);
+        }
+        return is_good && X509_VERIFY_PARAM_set1_host(param, name, 0) &&
+               SSL_set_tlsext_host_name(ssl.get(), name);
+    }
+
+    Bytes read(size_t size) {
+        Bytes octets(size);
+        size_t have = 0;
+        while (have < size) {
+            int got = 0;
+            persist([&] {
+                got = SSL_read(ssl.get(), &octets[have], int(size - have));
+                return is_done(got);
+            });
+            have += size_t(got);
+        }
+        return octets;
+    }
+
+    // What follows is late if it takes longer than so many times the usual time of an answer. What
+    // is less than 25 ms late is the scheduler's fault more often than the network's. A client that
+    // asks for slow names must not make others wait: 500 ms is late in any case.
+    void expect_within(double times) {
+        since = Clock::now();
+        octets_left = most_octets;
+        if (!transaction || is_joined) return;
+        const Duration usual = upstream.usual_answer.get();
+        const auto late = std::chrono::duration_cast<Duration>(usual * times);
+        late_at = since + std::clamp<Duration>(late, milliseconds(25), milliseconds(500));
+        if (usual == Duration(0)) late_at = since + milliseconds(250);  // RFC 8305 5
+        is_late = false;
+    }
+
+    // Makes a blocking call again and again until it is done. The call waits until `wake_at` at
+    // most.
+    void persist(auto call) {
+        for (;;) {
+            wake_at = std::min({deadline, late_at, Clock::now() + milliseconds(250)});
+            ERR_clear_error();  // Another connection of this thread may have left an error.
+            if (call()) return;
+            look_at_the_time();
+        }
+    }
+
+    void look_at_the_time() {
+        const Time now = Clock::now();
+        if (transaction && transaction->is_answered())
+            throw failure(Failure::OVERTAKEN, "overtaken by another try");
+        if (now >= deadline) throw failure(Failure::TIMEOUT, why_it_is_late());
+        if (now < late_at) return;
+        upstream.health.late(since, !is_late, upstream.address.str() + " " + why_it_is_late());
+        is_late = true;
+        is_joined = join(*transaction, upstream);
+        late_at = is_joined ? Time::max() : now + milliseconds(50);
+    }
+
+    const char* why_it_is_late() const {
+        if (stage == Failure::STARTED) return "no TCP connection in time";
+        if (stage == Failure::CONNECTED) return "no TLS connection in time";
+        return "no answer in time";
+    }
+
+    // Called by OpenSSL before and after each read(2) and write(2).
+    static long before_io(BIO* bio, int what, const char*, size_t, int, long, int result,
+                          size_t* done) {
+        Connection& own = *reinterpret_cast<Connection*>(BIO_get_callback_arg(bio));
+        if (what == (BIO_CB_READ | BIO_CB_RETURN) && result > 0)
+            own.octets_left -= std::min(*done, own.octets_left);
+        if (what != BIO_CB_READ && what != BIO_CB_WRITE) return result;
+        if (what == BIO_CB_READ && own.octets_left == 0) return -1;
+        if (!own.set_time_limit()) {
+            what == BIO_CB_READ ? BIO_set_retry_read(bio) : BIO_set_retry_write(bio);
+            return -1;
+        }
+        if (what == BIO_CB_READ && own.is_awaiting_answer) acknowledge_at_once(own.fd);
+        return result;
+    }
+
+    bool set_time_limit() {
+        using std::chrono::microseconds;
+        const long left = std::chrono::ceil<microseconds>(wake_at - Clock::now()).count();
+        if (left <= 0) return false;
+        const timeval limit{left / 1000000, left % 1000000};
+        set_option(fd, SOL_SOCKET, SO_RCVTIMEO, limit);
+        set_option(fd, SOL_SOCKET, SO_SNDTIMEO, limit);
+        return true;
+    }
+
+    bool is_connected() {
+        if (!set_time_limit()) return false;
+        const int result = connect(fd, &upstream.address.any, upstream.address.size());
+        if (result == 0 || errno == EISCONN) return true;
+        if (errno == EINPROGRESS || errno == EALREADY || errno == EAGAIN) return false;
+        static const int local[] = {EADDRNOTAVAIL, ENETUNREACH, EHOSTUNREACH, ENETDOWN,
+                                    EACCES,        EPERM,       ENOBUFS,      ENOMEM};
+        const bool is_local = std::ranges::find(local, errno) != std::end(local);
+        throw failure(is_local ? Failure::LOCAL : Failure::CLOSED, strerror(errno));
+    }
+
+    // Whether an OpenSSL call has done its work. false: it waited until `wake_at`.
+    bool is_done(int result) {
+        const int error = errno;
+        if (result > 0) return true;
+        const int kind = SSL_get_error(ssl.get(), result);
+        if (kind == SSL_ERROR_WANT_READ || kind == SSL_ERROR_WANT_WRITE) return false;
+        if (!is_verified) {
+            upstream.tickets.forget();
+            tell_whose_certificate_came();
+        }
+        const int reason = ERR_GET_REASON(ERR_peek_error());
+        const bool is_closed = kind == SSL_ERROR_SYSCALL || kind == SSL_ERROR_ZERO_RETURN ||
+                               reason == SSL_R_UNEXPECTED_EOF_WHILE_READING;
+        const bool is_end = is_closed && octets_left > 0;
+        throw failure(is_end ? Failure::CLOSED : Failure::FAULT, why_it_failed(kind, error));
+    }
+
+    std::string why_it_failed(int kind, int error) const {
+        const long verdict = is_verified ? X509_V_OK : SSL_get_verify_result(ssl.get());
+        const char* tls_reason = ERR_reason_error_string(ERR_peek_error());
+        if (octets_left == 0) return "sent more than an answer can be";
+        if (verdict == X509_V_ERR_DANE_NO_MATCH) return "certificate has no pinned key";
+        if (verdict == X509_V_ERR_HOSTNAME_MISMATCH || verdict == X509_V_ERR_IP_ADDRESS_MISMATCH)
+            return "certificate does not match " + upstream.name;
+        if (verdict != X509_V_OK)
+            return text("certificate: %s", X509_verify_cert_error_string(verdict));
+        if (tls_reason) return text("TLS failed: %s", tls_reason);
+        if (kind == SSL_ERROR_SYSCALL && error != 0) return strerror(error);
+        return "closed the connection";
+    }
+
+    void tell_whose_certificate_came() const {
+        const STACK_OF(X509)* chain = SSL_get0_verified_chain(ssl.get());
+        if (SSL_get_verify_result(ssl.get()) == X509_V_OK || sk_X509_num(chain) <= 0) return;
+        char subject[256];  // X509_NAME_oneline() leaves nothing in it that a terminal would obey
+        X509_NAME_oneline(X509_get_subject_name(sk_X509_value(chain, 0)), subject, sizeof subject);
+        tell(4, text("came: %s", subject));
+    }
+
+    // Whether nothing comes until `wake_at` but tickets, which OpenSSL takes.
+    bool is_quiet() {
+        uint8_t octet;
+        ERR_clear_error();
+        const int result = SSL_peek(ssl.get(), &octet, 1);
+        return result <= 0 && SSL_get_error(ssl.get(), result) == SSL_ERROR_WANT_READ;
+    }
+
+    // A handshake or an answer takes no more octets from the other end: as many as four messages.
+    static constexpr size_t most_octets = 4 * longest_message;
+
+    Transaction* transaction = nullptr;
+    Time deadline;
+    std::shared_ptr<SSL> ssl;
+    int fd = -1;
+    Failure::Stage stage = Failure::STARTED;
+    bool is_verified = false;  // The other end has proved who it is.
+    bool has_failed = false;
+    bool is_awaiting_answer = false;
+    bool is_late = false;        // This step was late.
+    bool is_joined = false;      // Another try was begun, as this one is late.
+    Time late_at = Time::max();  // when this step is late
+    Time wake_at{};              // when a call that waits gives up
+    size_t octets_left = most_octets;
 };
 
-std::shared_ptr<Connection> Upstream::take() {
-    Lock lock(mutex_);
-    while (!parked_.empty()) {
-        const auto oldest = std::move(parked_.front());
-        parked_.pop_front();
-        const bool alive = oldest->alive();
-        const Clock::duration age = Clock::now() - oldest->since;
-        if (alive && age < idle_limit_) return oldest;
-        // Closed by the other end: so this is its limit. Not closed: it may be longer, try that.
-        if (alive) idle_limit_ = std::min(age * 6 / 5, longest_idle);
-        else if (age > shortest_idle) idle_limit_ = std::max(age * 4 / 5, shortest_idle);
+std::shared_ptr<Connection> Stock::pop_oldest() {
+    Lock lock(mutex);
+    if (parked.empty()) return nullptr;
+    std::shared_ptr<Connection> oldest = std::move(parked.front());
+    parked.pop_front();
+    return oldest;
+}
+
+std::shared_ptr<Connection> Stock::take() {
+    for (;;) {
+        std::shared_ptr<Connection> oldest = pop_oldest();
+        if (oldest && !is_fit(*oldest)) continue;
+        if (oldest) oldest->place.reset();
+        return oldest;
     }
-    return nullptr;
+}
+
+// One after the other, so that a query which comes meanwhile finds the others.
+void Stock::drop_dead() {
+    size_t left = size();
+    for (; left > 0; left--) {
+        std::shared_ptr<Connection> oldest = pop_oldest();
+        if (!oldest) return;
+        if (is_fit(*oldest)) park(std::move(oldest));
+    }
+}
+
+void Stock::drop_older_than(Time time) {
+    std::vector<std::shared_ptr<Connection>> dropped;
+    Lock lock(mutex);
+    while (!parked.empty() && parked.front()->opened < time) {
+        dropped.push_back(std::move(parked.front()));
+        parked.pop_front();
+    }
+}
+
+bool Stock::is_fit(Connection& connection) {
+    constexpr Duration longest_idle = seconds(25);  // Most resolvers close idle ones after 30 s.
+    const Duration age = Clock::now() - connection.opened;
+    if (connection.is_alive()) return age < longest_idle;
+    died(age);
+    return false;
 }
 
 // ---- The whole way -----------------------------------------------------------------------------
 
-// Whom to ask next: in the user's order one that is well (0: and was not asked last; 1: was), or
-// (2) is no more than late, or (3) was not tried for `wait` ms, though it rests.
-static Upstream* choose(const Upstream* last, int wait) {
-    for (int pass : {0, 1, 2, 3})
-        for (auto& one : upstreams)
-            if ((pass % 3 || one.get() != last) && one->available(pass, wait)) return one.get();
-    return nullptr;
-}
+static std::atomic<Time> last_query{Time::min()};
 
-// One query in ten may be raced, beyond a burst: a slow resolver is not asked twice as much.
-constexpr int race_price = 10, race_burst = 20 * race_price;
-static std::atomic<int> race_budget{race_burst};
+// One query in ten may be raced, beyond a burst of twenty, so that a resolver which is slow with
+// all its answers is not asked twice as much.
+class RaceBudget {
+public:
+    void earn() {
+        if (tenths < burst) tenths++;
+    }
+    bool spend() {
+        if (tenths.fetch_sub(10) >= 10) return true;
+        tenths += 10;
+        return false;
+    }
 
-// [7] Whether `one` has brought a good answer, which is the outcome then.
-static bool accept(const Query& query, Connection& one, Outcome& outcome) {
-    const Bytes answer(one.in_.begin() + 2, one.in_.end());
-    const Layout layout = parse(answer);
-    const auto clean = matches(query, answer, layout) ? unpad(query, answer, layout) : std::nullopt;
-    if (!clean) return one.fail("sent what is no answer to this query", 0);
-    if (settings.verbose) query.tell(7, text("%zu -> %zu octets", answer.size(), clean->size()));
-    one.upstream.answered(Clock::now() - one.since);
-    outcome = {*clean, one.upstream.name + " " + one.how(), &one, std::move(outcome.tries)};
+private:
+    static constexpr int burst = 20 * 10;
+    std::atomic<int> tenths{burst};
+};
+static RaceBudget race_budget;
+
+static void carry(std::shared_ptr<Transaction> transaction);
+
+// The race: another thread carries the transaction to the next upstream while this try waits on. It
+// costs nothing if the upstream is known to be at fault: then it is no race but a failover.
+static bool join(Transaction& transaction, Upstream& upstream) {
+    if (!transaction.is_repeatable) return true;
+    if (upstream.health.is_well() && !race_budget.spend()) return false;
+    count("raced");
+    detach([shared = transaction.shared_from_this()]() mutable { carry(std::move(shared)); });
     return true;
 }
 
-static void wait_for(const Connections& tries, Time until) {
-    std::vector<pollfd> waiting;
-    for (auto& one : tries)
-        if (one->why_.empty()) waiting.push_back({one->fd, one->events, 0});
-    const double left = Ms(until - Clock::now()).count() + 0.999;  // never a little too early
-    if (!waiting.empty()) poll(waiting.data(), waiting.size(), int(std::clamp(left, 0.0, 3600e3)));
+// What a failure says of the upstream. What goes wrong after it has proved who it is says more of
+// the query's name than of the upstream; and that it was late is told already.
+static void learn_from(const Failure& failure, Upstream& upstream) {
+    if (failure.cause == Failure::LOCAL) upstream.health.pass_over();
+    if (failure.cause != Failure::CLOSED && failure.cause != Failure::FAULT) return;
+    if (failure.stage == Failure::ASKED) return;
+    upstream.stock.drop_dead();
+    if (failure.cause == Failure::CLOSED && upstream.open > 0) {
+        upstream.stock.refused();  // It serves others, and wants no more.
+    } else {
+        upstream.health.at_fault(upstream.address.str() + " " + failure.why);
+    }
 }
 
-// [4]-[7] The race: if no try is left running another follows at once, and one that is late is
-// joined by another, of the next upstream if there is one. The first good answer wins.
-static void ask(const Query& query, const Bytes& message, Outcome& outcome, auto& slow) {
-    Connections& tries = outcome.tries;
-    Time next_try{}, soon = std::min(query.deadline, query.taken + milliseconds(5));
-    size_t running = 0;
-    // Each turn begins a try if one is wanted, moves all of them on as far as they go without
-    // waiting, and then waits for any of them, for the time of the next try or for the deadline.
-    for (Time now; (now = Clock::now()) < query.deadline;) {
-        Upstream* const last = tries.empty() ? nullptr : &tries.back()->upstream;
-        const bool late = running > 0 && now >= next_try;
-        // RFC 9520 3.1: three at most.
-        const bool more = tries.size() < 3 && (!running || (late && race_budget >= race_price));
-        // A query whose upstream failed may at once try one that rests; else one does in 100 ms.
-        Upstream* const next = more ? choose(last, last && !running ? 0 : 100) : nullptr;
-        if (!running && !next) return;
-        if (next) {  // while another runs: a race
-            if (running && next != last) last->blame(1, tries.back()->trouble());
-            if (running) race_budget -= race_price, count("raced");
-            auto ready = next->take();
-            tries.push_back(ready ? ready : std::make_shared<Connection>(*next));
-            tries.back()->send(query, message);
+// Opens a connection ahead of the query that will use it, and parks it.
+static void open_ahead(Upstream& upstream, Stock::Place place) {
+    const Time deadline = Clock::now() + milliseconds(settings.timeout);
+    if (!place || !upstream.stock.may_be_renewed()) return;
+    const auto connection = std::make_shared<Connection>(upstream, deadline);
+    try {
+        connection->dial();
+        connection->settle();
+        connection->is_ready = true;
+        connection->place = std::move(place);
+        upstream.stock.park(connection);
+    } catch (const Failure& failure) {
+        learn_from(failure, upstream);
+        if (failure.stage == Failure::VERIFIED) upstream.stock.died(Duration(0));
+        if (failure.cause == Failure::TIMEOUT)
+            upstream.health.at_fault(upstream.address.str() + " " + failure.why);
+    }
+}
+
+// After an answer: the next query is to find a connection ready. While more are being opened than
+// wait, two are opened for one that was used: so the stock grows as long as it runs low.
+static void restock(Upstream& upstream) {
+    // Let the client run before this thread takes the processor for a handshake.
+    std::this_thread::sleep_for(milliseconds(1));
+    Stock::Place place = upstream.stock.reserve();
+    if (upstream.stock.is_low()) detach([&] { open_ahead(upstream, upstream.stock.reserve()); });
+    open_ahead(upstream, std::move(place));
+}
+
+// With --reuse: parks a connection that has brought an answer, for the next query.
+static void park_again(std::shared_ptr<Connection> connection) {
+    Stock& stock = connection->upstream.stock;
+    connection->place = stock.reserve();
+    if (!connection->place) return;
+    connection->is_ready = true;
+    connection->is_used = true;
+    connection->opened = Clock::now();
+    stock.park(std::move(connection));
+}
+
+static void learn_from_answer(Transaction& transaction, Upstream& upstream,
+                              const Connection& connection) {
+    somebody_answered = true;
+    upstream.health.answered(upstream.address.str());
+    upstream.usual_answer.add(Clock::now() - connection.since);
+    if (connection.is_ready) {
+        upstream.stock.used();
+    } else if (transaction.has_used_all_ready(upstream)) {
+        // A new connection brought what the ready ones did not: they are dead, and so are those
+        // that are as old. It is so after a change of networks.
+        upstream.stock.drop_older_than(connection.opened);
+    }
+}
+
+// A try has failed. Whose fault is it, and does it count as a try?
+static void note_failure(Transaction& transaction, Upstream& upstream, const Failure& failure,
+                         const Connection* connection) {
+    if (failure.cause == Failure::OVERTAKEN) return;
+    learn_from(failure, upstream);
+    const bool is_closed = failure.cause == Failure::CLOSED;
+    const bool was_asked = failure.stage == Failure::ASKED;
+    // A dial that was refused asked nobody. A ready connection may have been dead.
+    bool costs_a_try = true;
+    if (failure.cause == Failure::LOCAL) costs_a_try = false;
+    if (is_closed && !was_asked) costs_a_try = false;
+    if (is_closed && was_asked && connection->is_ready) costs_a_try = false;
+    const bool is_end = is_closed && was_asked && !connection->is_used;
+    transaction.failed(upstream, failure, costs_a_try, is_end);
+}
+
+// Takes a query from step [3] to step [8]: asks one upstream after the other until there is an
+// answer or nobody is left to ask. This is a thread of its own. If a try is late, join() starts a
+// second one, which does the same beside this one.
+static void carry(std::shared_ptr<Transaction> transaction) {
+    const Query& query = transaction->query;
+    std::shared_ptr<Connection> connection;
+    Upstream* upstream = nullptr;
+    bool is_answered = false;
+
+    // [3] A query's length would nearly tell its name.
+    const Bytes message = pad(query);
+    query.tell(3, text("%zu -> %zu octets", query.octets.size(), message.size()));
+
+    while (!is_answered) {
+        upstream = transaction->next_upstream();
+        if (!upstream) break;
+        connection = nullptr;
+        try {
+            // [4] A ready connection saves two round trips.
+            if (transaction->may_use_ready(*upstream)) connection = upstream->stock.take();
+            if (connection) {
+                transaction->uses_ready(*upstream);
+                connection->work_for(transaction.get());
+                count("ready");
+            } else {
+                connection = std::make_shared<Connection>(*upstream, query.deadline);
+                connection->work_for(transaction.get());
+                connection->dial();
+                // Was the connection before this one closed because of the query, or in any case?
+                if (transaction->was_closed_upon()) connection->settle();
+            }
+            if (settings.verbose) connection->tell(4, connection->how_verified());
+
+            // [5] TCP is a stream: the length tells where the message ends.
+            transaction->will_be_sent();
+            connection->write(frame(message));
+            connection->tell(5, text("2 + %zu octets in one record", message.size()), message);
+
+            // [6] It comes in as many pieces as the network likes.
+            const Bytes answer = connection->read_message();
+            connection->tell(6, text("2 + %zu octets", answer.size()), answer);
+
+            // [7] Only an answer to this question is believed.
+            const Layout layout = parse(answer);
+            std::optional<Bytes> clean;
+            if (matches(query, answer, layout)) clean = unpad(query, answer, layout);
+            if (!clean)
+                throw connection->failure(Failure::FAULT, "sent what is no answer to this query");
+            query.tell(7, text("%zu -> %zu octets", answer.size(), clean->size()));
+            learn_from_answer(*transaction, *upstream, *connection);
+
+            // [8] Other threads may carry the same query: the first answer is the client's.
+            transaction->answer(
+                {std::move(*clean), true, upstream->name + " " + connection->how()});
+            is_answered = true;
+        } catch (const Failure& failure) {
+            note_failure(*transaction, *upstream, failure, connection.get());
         }
-        for (running = 0; auto& one : tries) {
-            if (one->advance() && accept(query, *one, outcome))
-                return count("race_won", running > 0);  // an older one still runs
-            if (!one->why_.empty()) outcome.detail = one->trouble();
-            else ++running;
+    }
+    if (connection) connection->work_for(nullptr);
+
+    // If this was the last thread to carry it, and there was no answer, its destructor answers
+    // SERVFAIL.
+    transaction.reset();
+    if (!is_answered) return;
+
+    // Nobody waits for what follows.
+    if (settings.reuse) {
+        park_again(std::move(connection));
+    } else {
+        connection.reset();
+        restock(*upstream);
+    }
+}
+
+void resolve(std::shared_ptr<const Query> query, std::function<void(const Outcome&)> finish) {
+    last_query = query->taken;
+    race_budget.earn();
+    auto transaction = std::make_shared<Transaction>(std::move(query), std::move(finish));
+    detach([transaction = std::move(transaction)]() mutable { carry(std::move(transaction)); });
+}
+
+// While the program is used, two connections are ready at the first upstream that is well; and at
+// the second one as many as at the first, so that it can take over at once.
+static void keep_upstreams_warm() {
+    constexpr size_t warm_upstreams = 2;
+    size_t wanted = 2;
+    size_t well = 0;
+    for (const auto& upstream : upstreams) {
+        upstream->stock.drop_dead();
+        if (well == warm_upstreams || !upstream->health.is_well()) continue;
+        well++;
+        const size_t have = upstream->stock.size();
+        // Not here: a resolver that says nothing would hold up the others.
+        if (have < wanted && upstream->health.claim())
+            detach([&one = *upstream] { open_ahead(one, one.stock.reserve()); });
+        wanted = std::max(wanted, have);
+    }
+}
+
+void keep_warm() {
+    for (;;) {
+        const bool is_in_use = Clock::now() < last_query.load() + seconds(300);
+        if (is_in_use) keep_upstreams_warm();
+        std::this_thread::sleep_for(milliseconds(250));
+    }
+}
+
+// ---- Beyond POSIX ------------------------------------------------------------------------------
+// What POSIX.1-2024 does not have. Without it (-DPOSIX_ONLY) the program serves as well: somewhat
+// slower, and on a host with several addresses less precisely.
+
+#ifdef POSIX_ONLY
+
+void acknowledge_at_once(int) {}
+void ask_for_asked_address(int, bool) {}
+void keep_asked_address_only(msghdr& header) { header.msg_controllen = 0; }
+void allow_absent_address(int) {}
+bool drop_groups() { return true; }
+void give_up_new_privileges() {}
+void save_memory() {}
+
+int next_option(int argc, char** argv, const std::vector<OptionWord>& words) {
+    std::string letters;
+    for (const OptionWord& word : words) {
+        letters += word.letter;
+        if (word.has_value) letters += ':';
+    }
+    return getopt(argc, argv, letters.c_str());
+}
+
+#else
+
+#include <getopt.h>
+#include <grp.h>
+#include <malloc.h>
+#include <sys/prctl.h>
+
+// A resolver may hold an answer back, by Nagle's algorithm, until its tickets or the beginning of
+// the answer are acknowledged: that is to be now, and not 40 ms later.
+void acknowledge_at_once(int fd) { set_option(fd, IPPROTO_TCP, TCP_QUICKACK, 1); }
+
+void ask_for_asked_address(int fd, bool is_v4) {
+    if (is_v4) {
+        set_option(fd, IPPROTO_IP, IP_PKTINFO, 1);
+    } else {
+        set_option(fd, IPPROTO_IPV6, IPV6_RECVPKTINFO, 1);
+    }
+}
+
+void keep_asked_address_only(msghdr& header) {
+    for (cmsghdr* part = CMSG_FIRSTHDR(&header); part; part = CMSG_NXTHDR(&header, part)) {
+        if (part->cmsg_level == IPPROTO_IP && part->cmsg_type == IP_PKTINFO) {
+            reinterpret_cast<in_pktinfo*>(CMSG_DATA(part))->ipi_ifindex = 0;
+        } else if (part->cmsg_level == IPPROTO_IPV6 && part->cmsg_type == IPV6_PKTINFO) {
+            in6_pktinfo* info = reinterpret_cast<in6_pktinfo*>(CMSG_DATA(part));
+            // A link-local address means nothing without its interface.
+            if (!IN6_IS_ADDR_LINKLOCAL(&info->ipi6_addr)) info->ipi6_ifindex = 0;
         }
-        next_try = late && !next ? Time::max() : tries.back()->patience();
-        // Not 1 ms: a timer ahead of the kernel's own (of 4 ms) is set in hardware, for each query.
-        const bool near = now < soon && tries.back()->upstream.quickest.load() < milliseconds(1);
-        if (running && !near) slow();
-        if (running) wait_for(tries, near ? soon : std::min(query.deadline, next_try));
-    }
-    if (tries.empty()) return;  // it waited too long for its slot
-    outcome.detail = tries.back()->trouble();
-    // Nothing is wrong with one that had no time left for its dial.
-    const bool in_vain = !tries.back()->verified && Clock::now() >= tries.back()->patience();
-    tries.back()->upstream.blame(in_vain ? useless : 1, outcome.detail);
-}
-
-Outcome resolve(const Query& query, const std::function<void()>& slow) {
-    const Bytes out = pad(query);  // [3]
-    if (settings.verbose) query.tell(3, text("%zu -> %zu octets", query.octets.size(), out.size()));
-    Outcome outcome{{}, "every upstream failed a moment ago, or its time is up"};
-    asked = query.taken;
-    if (race_budget < race_burst) ++race_budget;
-    ask(query, out, outcome, slow);
-    if (!outcome.winner) outcome.octets = reply(query, SERVFAIL, 23);  // EDE: Network Error
-    outcome.octets = cut(query, outcome.octets, size_t(settings.max_udp));  // [8]
-    return outcome;
-}
-
-// Opens one more connection and parks it; and with it an extra one after a miss, or if few are
-// ready.
-static void open(Upstream& upstream, bool hit = true) {
-    Connections fresh;
-    for (bool extra : {false, true})
-        if (upstream.reserve(extra && hit)) fresh.push_back(std::make_shared<Connection>(upstream));
-    const Time until = Clock::now() + milliseconds(settings.timeout);
-    while (!fresh.empty()) {
-        std::erase_if(fresh, [&](auto& one) {
-            const bool done = one->advance() || !one->why_.empty() ||
-                              (Clock::now() >= until && !one->fail("no TLS connection in time", 1));
-            if (done) upstream.park(one->verified ? one : nullptr);
-            return done;
-        });
-        wait_for(fresh, until);
     }
 }
 
-void restock(Outcome used) {
-    for (auto& one : used.tries) {
-        Upstream& upstream = one->upstream;
-        // Whom the answer woke runs first, and not behind this thread's work on the same CPU.
-        if (!settings.reuse) std::this_thread::sleep_for(milliseconds(1));
-        const bool wanted = !settings.reuse && one->verified, hit = one->ready;
-        if (settings.reuse && one.get() == used.winner && upstream.reserve()) upstream.park(one);
-        one.reset();
-        if (wanted) open(upstream, hit);
-        // Reads the tickets of the next one now, and not while a client waits.
-        if (!settings.reuse) upstream.tend();
+void allow_absent_address(int fd) { set_option(fd, IPPROTO_IPV6, IPV6_FREEBIND, 1); }
+bool drop_groups() { return setgroups(0, nullptr) == 0; }
+void give_up_new_privileges() { prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); }
+
+// glibc would keep eight pools of memory for each processor.
+void save_memory() { mallopt(M_ARENA_MAX, 2); }
+
+int next_option(int argc, char** argv, const std::vector<OptionWord>& words) {
+    std::string letters;
+    std::vector<option> long_words;
+    for (const OptionWord& word : words) {
+        letters += word.letter;
+        if (word.has_value) letters += ':';
+        long_words.push_back({word.word, word.has_value, nullptr, word.letter});
     }
+    long_words.push_back({});
+    return getopt_long(argc, argv, letters.c_str(), long_words.data(), nullptr);
 }
 
-void tend() {
-    for (;; std::this_thread::sleep_for(milliseconds(250))) {
-        const bool warm = Clock::now() < asked.load() + seconds(300);  // then nothing is kept
-        size_t wanted = warm_stock, well = 0;
-        for (auto& upstream : upstreams) {
-            const auto have = upstream->tend();
-            // The one that is asked, and as many of the one that would be next.
-            if (warm && have && ++well <= 2 && *have < wanted) open(*upstream);
-            wanted = std::max(wanted, have.value_or(0));
-        }
-    }
-}
+#endif

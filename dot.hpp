@@ -1,7 +1,7 @@
 // dot.hpp - every type and every contract of dot-proxy, in the order in which a query meets them.
 //
 // dot-proxy takes plain DNS over UDP and TCP and asks a resolver over TLS (RFC 7858). A query takes
-// eight steps. They have the same numbers here, at the code, in what -v prints and in the README:
+// eight steps. They have the same numbers here, in the code, in what -v prints and in the README:
 //
 //     stub resolver              dot-proxy                       resolver
 //     +-----------+  UDP/TCP  +---------------------------+  TLS  +-------+
@@ -15,190 +15,280 @@
 //     |           | <-------- | [8] answer, or cut it (TC)|       |       |
 //     +-----------+           +---------------------------+       +-------+
 //
-// What it is not: a cache, a validator, an authoritative server or a client of plain DNS. There is
-// no code path that sends a query in the clear, or to a server that is not authenticated.
+// A thread waits at each listening socket for steps [1] and [2]. Each query that passes gets a
+// thread of its own, which takes it through steps [3] to [8] and waits for one thing at a time:
+// every socket blocks.
+//
+// Each query has a TLS connection to itself. To set one up takes three round trips, so a thread
+// that has answered its query opens the next connection ahead of time. Such a "ready connection" is
+// verified and unused, and waits for a query to come.
+//
+// What dot-proxy is not: a cache, a validator, an authoritative server or a client of plain DNS. No
+// code path sends a query in the clear, or to a server that is not authenticated.
 //
 // Reading order: this file; dot.cpp (how a query travels); main.cpp (how the program runs).
-// Errors come in three tiers: before the first thread starts, functions throw; while serving, they
-// return nullopt, false or a text; what is ignored has its reason on the line.
+//
+// Errors: before the first thread starts, functions throw. While the program serves, a function
+// that can fail returns std::nullopt or false; only a try to ask a resolver throws, and carry() in
+// dot.cpp catches it. Where an error is ignored, the reason is on the line.
 #pragma once
 
 #include <netinet/in.h>
-#include <netinet/tcp.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
+#include <cstdint>
 #include <functional>
-#include <map>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <thread>
 #include <vector>
 
 using Bytes = std::vector<uint8_t>;
-using Clock = std::chrono::steady_clock;  // the wall clock jumps; deadlines must not
+using Clock = std::chrono::steady_clock;  // The wall clock jumps; deadlines must not.
 using Time = Clock::time_point;
-using Ms = std::chrono::duration<double, std::milli>;
+using Duration = Clock::duration;
 using std::chrono::milliseconds, std::chrono::seconds;
-using BadOption = std::invalid_argument;  // what the user asked for cannot be done: exit 2
 
-std::string text(const char* format, auto... with) {  // as printf(3), 1023 characters at most
+// The user asked for something that cannot be done. The program ends with exit status 2.
+using BadOption = std::invalid_argument;
+
+// Formats like printf(3); 1,023 characters at most.
+std::string text(const char* format, auto... values) {
     char line[1024];
-    snprintf(line, sizeof line, format, with...);
+    snprintf(line, sizeof line, format, values...);
     return line;
 }
-// Prints a line on stdout in one write(2), so that the lines of many threads do not mix.
+
+// Prints a line on stdout with a single write(2), so that the lines of many threads do not mix.
 void say(std::string line);
-// Adds to one of the totals, which the program prints as a line of name=value; or keeps the `most`.
-void count(std::string name, int more = 1, bool most = false);
-std::string totals();
 
-// ---- What the user asked for ------------------------------------------------------------------
+// The totals: numbers with names, which the program prints at its end.
+void count(const std::string& name, int64_t more = 1);
+void count_highest(const std::string& name, int64_t value);  // keeps the highest value so far
+std::string totals();                                        // "TOTALS name=number ..."
 
-// An IP address and port.
-union Address {
-    sockaddr any;
-    sockaddr_in v4;
-    sockaddr_in6 v6{};
-    socklen_t size() const { return is_v4() ? sizeof v4 : sizeof v6; }
-    std::string str() const;   // "1.1.1.1@853"
-    std::string bits() const;  // "4" or "6" and its bits, "400000001..."; a network's begin so, too
-    std::string host() const { return bits().substr(0, 1 + 64); }  // IPv4, or the /64 of IPv6
+// ---- What the user asked for -------------------------------------------------------------------
+
+// An IP address and a port.
+struct Address {
+    Address() : v6{} {}
     bool is_v4() const { return any.sa_family == AF_INET; }
-    const uint8_t* octets() const { return (const uint8_t*)&any + (is_v4() ? 4 : 8); }
-};
-Address parse_address(const std::string& from, int default_port);  // ADDR[@PORT]; throws BadOption
-// All of `from` as a number from `least` to `most`; throws BadOption that names `what`.
-int parse_number(const std::string& from, int least, int most, const std::string& what);
+    int port() const { return ntohs(v4.sin_port); }  // at the same place in both families
+    socklen_t size() const;                          // of the sockaddr, in octets
+    std::string host() const;                        // "1.1.1.1"
+    std::string str() const;                         // "1.1.1.1@853"
 
-// The bits with which an address of ADDR[/BITS] begins; throws BadOption.
-std::string parse_prefix(const std::string& from);
+    // The address family and then the address's bits as '0' and '1': "400000001...". An address is
+    // in a network if its bits start with the network's.
+    std::string bits() const;
+
+    union {
+        sockaddr any;
+        sockaddr_in v4;
+        sockaddr_in6 v6;
+    };
+};
+
+// Reads ADDR[@PORT]. Throws BadOption.
+Address parse_address(const std::string& from, int default_port);
+
+// Reads all of `from` as a number from `least` to `most`. Throws BadOption.
+int parse_number(const std::string& from, int least, int most);
+
+// Reads ADDR[/LENGTH] and returns the bits of that network. Throws BadOption.
+std::string parse_network(const std::string& from);
 
 // One address of a resolver, and who it must prove to be.
 struct Peer {
     Address address;
-    std::string name;         // must be in the certificate's SAN, RFC 8310 8.1
-    std::vector<Bytes> pins;  // if any, the SHA-256 of a key of its chain, RFC 7858 4.2
+    std::string name;         // A host name or IP address in its certificate's SAN (RFC 8310 8.1).
+    std::vector<Bytes> pins;  // If any: the SHA-256 of a key in its chain (RFC 7858 4.2).
 };
-// cloudflare | google | quad9 | ADDR[@PORT]#NAME[,pin-sha256=BASE64]...; throws BadOption.
+
+// Reads cloudflare | google | quad9 | ADDR[@PORT]#NAME[,pin-sha256=BASE64]... Throws BadOption.
 std::vector<Peer> parse_upstream(const std::string& from);
 
-// Times in milliseconds, sizes in octets.
 struct Settings {
     std::vector<Address> listen;
-    std::vector<Peer> upstreams;
-    // Files of the certificates to trust, none: the system's; prefixes of who may ask, and may not.
-    std::vector<std::string> ca, allow, deny;
-    int rate = 0, queries = 512, timeout = 4000, ready = 128, max_udp = 1232, verbose = 0;
-    bool reuse = false, quiet = false;
-    int uid = -1, gid = -1;  // of whom to become; -1: who it is
+    std::vector<Peer> upstreams;     // in the order in which they are asked
+    std::vector<std::string> ca;     // files of certificates to trust; none: the system's
+    std::vector<std::string> allow;  // networks whose hosts may ask, as bits()
+    std::vector<std::string> deny;   // networks whose hosts may not
+    std::string keylog;              // a file for TLS secrets; empty: none
+    int rate = 0;                    // queries a second for one client; 0: no limit
+    int queries = 512;               // queries in flight
+    int timeout = 4000;              // for a whole query, in milliseconds
+    int ready = 128;                 // ready connections for each upstream
+    int max_udp = 1232;              // the longest UDP answer, in octets
+    int verbose = 0;                 // 1: the eight steps; 2: the octets as well
+    bool reuse = false;              // use a connection for more than one query
+    bool quiet = false;              // print no line per query
+    int uid = -1;                    // the user to run as; -1 keeps the current one
+    int gid = -1;
 };
-extern Settings settings;  // set before the first thread starts
-void prepare();            // from the settings, before all below; throws BadOption
+extern Settings settings;  // Set before the first thread starts, and constant from then on.
+
+// Prepares TLS and the upstreams as the settings say. Throws BadOption.
+void prepare();
 
 // ---- Messages: pure functions over octets ------------------------------------------------------
 
-enum Rcode : int { NOERROR, FORMERR, SERVFAIL, NXDOMAIN, NOTIMP, REFUSED };
-std::string rcode_name(int rcode), type_name(int type);
+constexpr size_t header_size = 12;         // RFC 1035 4.1.1
+constexpr size_t longest_message = 65535;  // RFC 1035 4.2.2
+constexpr size_t longest_udp_query = 4096;
 
-constexpr size_t header_size = 12, longest_message = 65535;  // RFC 1035 4.1.1, 4.2.2
+enum Rcode : int {  // RFC 1035 4.1.1
+    NOERROR = 0,
+    FORMERR = 1,
+    SERVFAIL = 2,
+    NXDOMAIN = 3,
+    NOTIMP = 4,
+    REFUSED = 5,
+};
+std::string rcode_name(int rcode);
+std::string type_name(int type);
 
-struct Option { int code; Bytes data; };  // of an OPT record, RFC 6891 6.1.2
-
-// Where the parts of a message are. Positions count octets from the message's start.
+// Where the parts of a message are. Positions count octets from the beginning of the message.
 struct Layout {
-    const char* fault = nullptr;  // why it does not parse; nullptr: it does
-    int type = 0;                 // of the question
-    size_t question_end = header_size;
-    size_t opt = 0, opt_end = 0;  // the OPT record, even if a faulty one; 0: it has none
-    size_t end = header_size;     // of the last record; the message may go on behind it
-    std::vector<Option> options;  // of the OPT record
-    bool dnssec_ok = false;       // its DO bit
-    size_t udp_size = 512;        // the longest UDP answer its sender takes
-    bool is_signed = false;       // ends in TSIG (RFC 8945) or SIG(0) (RFC 2931)
-    std::vector<std::pair<size_t, const char*>> fields{};  // where each begins, and what it is
+    const char* fault = nullptr;        // why the message does not parse; nullptr: it does
+    int type = 0;                       // of the question
+    size_t question_end = header_size;  // where the question ends
+    size_t end = header_size;           // where the last record ends; octets may follow
+    size_t opt = 0;                     // where the OPT record begins (RFC 6891); 0: there is none
+    size_t opt_end = 0;
+    size_t udp_size = 512;   // the longest UDP answer that the sender takes, in octets
+    bool dnssec_ok = false;  // the DO bit of the OPT record
+    bool is_signed = false;  // ends in TSIG (RFC 8945) or SIG(0) (RFC 2931)
 };
 Layout parse(const Bytes& message);
-// A line for each field: what it is, what it says, and its octets. Safe for a terminal.
+
+// Describes a message for people, a line for each field: its name, its meaning, its octets.
+// Only printable characters.
 std::string annotate(const Bytes& message);
 
-// One query on its way. Made in step [1]; owned by the one thread that carries it.
+// A query, as it was taken in step [1]. The threads that carry it share it.
 struct Query {
-    const Bytes octets;
-    const bool tcp;
-    const Layout layout = parse(octets);
-    const unsigned number = ++numbers;  // tells the lines of concurrent queries apart
-    const Time taken = Clock::now(), deadline = taken + milliseconds(settings.timeout);
-    inline static std::atomic<unsigned> numbers{0};
+    Query(Bytes octets, bool tcp);
 
-    // A line of the story, with -v; and with -vv the message, annotated.
+    // Prints a line of this query's story, with -v; and with -vv the message as well.
     void tell(int step, const std::string& what, const Bytes& message = {}) const;
+
+    const Bytes octets;
+    const bool tcp;  // It came over TCP.
+    const Layout layout;
+    const Time taken;
+    const Time deadline;    // By then its client has an answer.
+    const unsigned number;  // It tells the lines of concurrent queries apart.
 };
 
-// [2] What to do with a query: forward it, or answer at once with an rcode, or with TC and nothing
-// else, which makes a client come back over TCP; or keep silent.
-constexpr int forward = -1, silence = -2, cut_short = -3;
-struct Verdict { int rcode; const char* why; };
+// [2] What to do with a query.
+enum class Action {
+    forward,   // ask a resolver
+    answer,    // answer at once, with an rcode
+    truncate,  // answer at once, with TC and no records, so that the client comes back over TCP
+    ignore,    // keep silent
+};
+struct Verdict {
+    Action action;
+    Rcode rcode;
+    const char* reason;
+};
 Verdict judge(const Query& query);
 
-// [3] The query padded to a multiple of 128 octets (RFC 7830, RFC 8467 4.1). A client's own padding
-// is resized. Unchanged if it is signed, its octets cannot move, octets follow its last record, or
-// it would become too long.
+// [3] Returns the query padded to a multiple of 128 octets (RFC 7830; RFC 8467 4.1). A client's own
+// padding is resized. Returns the query unchanged if it is signed, if octets follow its last
+// record, or if it would become too long.
 Bytes pad(const Query& query);
 
-// [7] Whether `answer` answers `query`: QR, id, opcode and question (RFC 5452 9.1).
+// [5] Returns the message behind its length in two octets (RFC 1035 4.2.2). The message has at most
+// `longest_message` octets.
+Bytes frame(const Bytes& message);
+
+// [7] Whether `answer` answers `query`: QR, id, opcode and question must agree (RFC 5452 9.1).
 bool matches(const Query& query, const Bytes& answer, const Layout& layout);
 
-// [7] The answer as the client may see it: without padding and keepalive, which are between this
-// proxy and the resolver (RFC 7830 6, RFC 7828 3.4), and without OPT if the client sent none
-// (RFC 6891 7). nullopt: there is no such form, as of an extended rcode for a client without EDNS.
-std::optional<Bytes> unpad(const Query& query, Bytes answer, Layout layout);
+// [7] Returns the answer as its client may see it: without padding and keepalive, which are between
+// this proxy and the resolver (RFC 7830 6; RFC 7828 3.4), and without an OPT record if the client
+// sent none (RFC 6891 7). Returns nullopt if there is no such form: an extended rcode, for example,
+// cannot be told to a client without EDNS.
+std::optional<Bytes> unpad(const Query& query, const Bytes& answer, const Layout& layout);
 
-// [8] The answer if its client can take it, else its header, question and OPT with TC set. Over UDP
-// that is 512 octets, or more if its OPT says so, but not more than `most_udp`, RFC 6891 6.2.5.
-// After unpad(), for padding must not make an answer too long.
+// [8] Returns the answer if it fits, else its header, question and OPT record with TC set. Over UDP
+// 512 octets fit, or as many as the client's OPT record says, but at most `most_udp` (RFC 6891
+// 6.2.5). This comes after unpad(), so that padding does not make an answer too long.
 Bytes cut(const Query& query, Bytes answer, size_t most_udp);
 
-// [8] An answer of the proxy's own. To an EDNS client it has an OPT, and an Extended DNS Error
-// (RFC 8914) if `ede` is not negative. QR, opcode, RD, and CD and RA with SERVFAIL, are set.
-Bytes reply(const Query& query, int rcode, int ede = -1);
+// [8] Returns an answer of the proxy's own. For an EDNS client it has an OPT record, and in it an
+// Extended DNS Error (RFC 8914) if `ede` is not negative.
+Bytes reply(const Query& query, Rcode rcode, int ede = -1);
+Bytes truncated_reply(const Query& query);  // TC and no records
 
-// ---- Streams and framing -----------------------------------------------------------------------
+// ---- Streams -----------------------------------------------------------------------------------
 
-// The message behind its length in two octets, RFC 1035 4.2.2. At most `longest_message` octets.
-Bytes frame(Bytes message);
-// A whole message from a blocking stream socket. nullopt: closed, cut short, late or of length 0.
+// [1] Reads a framed message from a stream socket. Returns nullopt if the stream was closed, if its
+// time limit is over, or if the length is 0.
 std::optional<Bytes> read_frame(int fd);
 
-// A socket's, as setsockopt(2). None is worth more than the service: without one it is slower or
-// less precise.
-void set_option(int fd, int level, int option, auto value) {
+// Sets a socket option and ignores failure: without it the service is slower, but it serves.
+void set_option(int fd, int level, int option, const auto& value) {
     setsockopt(fd, level, option, &value, sizeof value);
 }
 
+// ---- Beyond POSIX ------------------------------------------------------------------------------
+// These do nothing in a program that was made with -DPOSIX_ONLY.
+
+void acknowledge_at_once(int fd);                     // what has come over this TCP socket
+void ask_for_asked_address(int fd, bool is_v4);       // a UDP socket tells which of ours was asked
+void keep_asked_address_only(struct msghdr& header);  // so that a reply to it leaves from there
+void allow_absent_address(int fd);                    // bind(2) takes an IPv6 address to come
+bool drop_groups();                                   // Returns false on failure, as errno says.
+void give_up_new_privileges();                        // those that a setuid program could bring
+void save_memory();
+
+// An option of the command line: --word or -l, for a letter.
+struct OptionWord {
+    const char* word;
+    char letter;
+    bool has_value;
+};
+// Returns the letter of the next option, as getopt(3) does, with its value in `optarg`.
+int next_option(int argc, char** argv, const std::vector<OptionWord>& words);
+
 // ---- Who may ask, and how much -----------------------------------------------------------------
 
-// Whoever is in one of --allow's prefixes and in none of --deny's.
+// Whether a client is in one of --allow's networks and in none of --deny's.
 bool may_ask(const Address& client);
-// Whether this query is one too many for its host, with --rate. Over TCP, where addresses are no
-// pretence, hosts have a share of their own, so that nobody can spend another's.
+
+// Whether this query is one too many for its host, with --rate. Queries over TCP have a share of
+// their own: UDP addresses can be forged, and nobody must be able to spend another host's share.
 bool over_rate(const Address& client, bool tcp);
+
+// The host of a client, for limits: an IPv4 address, or the /64 of an IPv6 address.
+std::string host_of(const Address& client);
+
+// ---- Threads -----------------------------------------------------------------------------------
+
+// Does `work` and catches whatever it throws, so that no thread can end the process. Returns false
+// if something was thrown.
+bool guard(const std::function<void()>& work);
+
+// Does `work` in a thread of its own. Returns false if the system has no room for one more thread.
+bool detach(std::function<void()> work);
 
 // ---- The whole way -----------------------------------------------------------------------------
 
-struct Connection;  // over TCP and TLS, to an upstream
+// What became of a query.
 struct Outcome {
-    Bytes octets;                          // for the client
-    std::string detail;                    // how the resolver answered, or why not
-    const Connection* winner = nullptr;    // it brought the answer; nullptr: there is none
-    std::vector<std::shared_ptr<Connection>> tries{};  // all that were used; for restock()
+    Bytes answer;        // for the client
+    bool is_resolvers;   // A resolver gave this answer.
+    std::string detail;  // who answered and how, or why nobody did
 };
-// Steps [3] to [8], by any thread. Calls `slow`, perhaps often, if the resolver is not one that
-// answers within 1 ms, or takes more than 5 ms all the same.
-Outcome resolve(const Query& query, const std::function<void()>& slow);
-void restock(Outcome used);           // after the answer: connections in place of those used
-void tend();                          // keeps a small stock of ready connections warm, for ever
+
+// [3] to [8]: has a query answered by one of the upstreams, in threads of its own. One of them
+// calls `finish`, exactly once, at the deadline or before.
+void resolve(std::shared_ptr<const Query> query, std::function<void(const Outcome&)> finish);
+
+// Keeps a few ready connections while the program is in use. Never returns.
+void keep_warm();

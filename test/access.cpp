@@ -43,26 +43,6 @@ static bool served(int port, const std::string& from, const std::string& to) {
     return udp.ask(make_query("a.test")) && tcp.ask(make_query("a.test"));
 }
 
-TEST("access.allow_and_deny_judge_udp_and_tcp") {  // deny wins
-    Pair p({}, {"-a", "127.0.0.0/30", "-a", "::1", "-d", "127.0.0.2"});
-    for (const char* good : {"127.0.0.1", "127.0.0.3"})
-        CHECK_WHY(served(p.proxy.port, good, "127.0.0.1"), good);
-    CHECK(served(p.proxy.port, "::1", "::1"));
-    for (const char* bad : {"127.0.0.2", "127.0.0.4", "127.9.9.9"})
-        CHECK_WHY(refused(p.proxy.port, bad, "127.0.0.1"), bad);
-    CHECK(eventually([&] { return p.proxy.total("denied") == 6; }));
-    CHECK_EQ(p.proxy.total("udp"), 3);
-    const std::string denied = "denied";  // of those nothing was sent
-    for (auto& q : p.upstream.seen().queries)
-        CHECK(std::search(q.begin(), q.end(), denied.begin(), denied.end()) == q.end());
-}
-
-TEST("access.of_one_family_says_nothing_of_the_other") {
-    Pair p({}, {"-a", "0.0.0.0/0"});
-    CHECK(served(p.proxy.port, "127.0.0.1", "127.0.0.1"));
-    CHECK(refused(p.proxy.port, "::1", "::1"));
-}
-
 // A network of this process's own, with a loopback that has these addresses too. Needs root.
 static void make_network(const std::vector<std::string>& addresses) {
     if (unshare(CLONE_NEWNET) != 0) throw check::Skip("a network namespace needs root");
@@ -83,14 +63,61 @@ static void make_network(const std::vector<std::string>& addresses) {
     close(fd);
 }
 
+// Gives the loopback of this process's own network an IPv6 address too.
+static void add_ipv6_address(const std::string& address) {
+    const int fd = socket(AF_INET6, SOCK_DGRAM, 0);
+    struct {  // in6_ifreq of linux/ipv6.h, which redefines what netinet/in.h has
+        in6_addr address;
+        uint32_t prefix_length;
+        int interface;
+    } request{};
+    inet_pton(AF_INET6, address.c_str(), &request.address);
+    request.prefix_length = 128;
+    request.interface = int(if_nametoindex("lo"));
+    CHECK_EQ(ioctl(fd, SIOCSIFADDR, &request), 0);
+    close(fd);
+}
+
+TEST("access.allow_and_deny_judge_udp_and_tcp") {  // deny wins
+    make_network({"127.0.0.1", "10.1.0.1", "10.1.0.2", "10.1.0.3", "10.1.0.4", "192.168.7.7"});
+    Pair p({}, {"-a", "10.1.0.0/30", "-d", "10.1.0.2", "-d", "127.0.0.2"});
+    for (const char* good : {"10.1.0.1", "10.1.0.3", "127.0.0.1", "127.9.9.9"})  // loopback always
+        CHECK_WHY(served(p.proxy.port, good, "127.0.0.1"), good);
+    CHECK(served(p.proxy.port, "::1", "::1"));
+    // 192.168.7.7 is of a private network, which --allow takes the place of.
+    for (const char* bad : {"10.1.0.2", "10.1.0.4", "127.0.0.2", "192.168.7.7"})
+        CHECK_WHY(refused(p.proxy.port, bad, "127.0.0.1"), bad);
+    CHECK(eventually([&] { return p.proxy.total("denied") == 8; }));
+    CHECK_EQ(p.proxy.total("udp"), 5);
+    const std::string denied = "denied";  // of those nothing was sent
+    for (auto& q : p.upstream.seen().queries)
+        CHECK(std::search(q.begin(), q.end(), denied.begin(), denied.end()) == q.end());
+}
+
+TEST("access.of_one_family_says_nothing_of_the_other") {
+    make_network({"127.0.0.1", "198.51.100.7"});
+    add_ipv6_address("2001:db8::7");
+    Pair p({}, {"-a", "0.0.0.0/0"});
+    CHECK(served(p.proxy.port, "198.51.100.7", "127.0.0.1"));
+    CHECK(refused(p.proxy.port, "2001:db8::7", "::1"));
+}
+
+TEST("access.a_refused_client_leaves_a_line_that_says_what_would_let_it_in") {  // with -v
+    Pair p({}, {"-v", "-d", "127.0.0.2"});
+    CHECK(refused(p.proxy.port, "127.0.0.2", "127.0.0.1"));
+    CHECK_WHY(p.proxy.prints("DENIED udp 127.0.0.2: --allow 127.0.0.2"), p.proxy.out());
+    CHECK_WHY(p.proxy.prints("DENIED tcp 127.0.0.2: --allow 127.0.0.2"), p.proxy.out());
+}
+
 TEST("access.default_is_loopback_and_private_networks") {
     make_network({"127.0.0.1", "10.1.2.3", "172.16.0.1", "172.31.255.254", "172.32.0.1",
-                  "192.168.7.7", "169.254.1.1", "198.51.100.7", "11.0.0.1"});
+                  "192.168.7.7", "169.254.1.1", "100.64.0.1", "100.127.255.254", "100.128.0.1",
+                  "198.51.100.7", "11.0.0.1"});
     Pair p({}, {}, {"0.0.0.0"});
-    for (const char* good :
-         {"127.0.0.1", "10.1.2.3", "172.16.0.1", "172.31.255.254", "192.168.7.7", "169.254.1.1"})
+    for (const char* good : {"127.0.0.1", "10.1.2.3", "172.16.0.1", "172.31.255.254", "192.168.7.7",
+                             "169.254.1.1", "100.64.0.1", "100.127.255.254"})
         CHECK_WHY(served(p.proxy.port, good, "127.0.0.1"), good);
-    for (const char* bad : {"198.51.100.7", "11.0.0.1", "172.32.0.1"})
+    for (const char* bad : {"198.51.100.7", "11.0.0.1", "172.32.0.1", "100.128.0.1"})
         CHECK_WHY(refused(p.proxy.port, bad, "127.0.0.1"), bad);
 }
 

@@ -34,6 +34,7 @@ static Options told(const Octets& answer) {
 static void relayed(const Octets& query, const Octets& answer, const Octets& want,
                     const std::string& what) {
     for (bool tcp : {false, true}) {
+        if (!tcp && want.size() > 512) continue;  // It would be cut.
         Pair t(told(answer));
         const auto got = tcp ? t.proxy.tcp(query) : t.proxy.udp(query);
         CHECK_WHY(got, what);
@@ -203,12 +204,12 @@ TEST("answers.data_of_other_types_behind_an_opt_is_left_alone") {
         try_all(
             [&](Message& m) {
                 const int name = behind_opt(m);
-                Octets data{0xc0, 0x4e, 0xc0, 0xff, 0xc0, 0x39, 0xff};
+                Octets data{0xc0, 0x50, 0xc0, 0xff, 0xc0, 0x40, 0xff};
                 if (type == 33)
                     data = Octets{0xc0, 0x40, 0xc0, 0x41, 0xc0, 0x50} + wire_name("h.test");
                 m.record(Message::pointer(name), type, data);
-                m.record(Message::pointer(name), 1, {0xc0, 0x39, 0xc0, 0x42});
-                m.record(Message::pointer(name), 16, {4, 0xc0, 0x39, 0xff, 0xff});
+                m.record(Message::pointer(name), 1, {0xc0, 0x50, 0xc0, 0x51});
+                m.record(Message::pointer(name), 16, {4, 0xc0, 0x50, 0xff, 0xff});
             },
             "type " + std::to_string(type), 255);
 }
@@ -226,15 +227,15 @@ TEST("answers.pointers_that_need_not_move_do_not") {  // from behind the OPT to 
         "before it", 5);
 }
 
-TEST("answers.opt_between_many_records") {  // each points to the one before it
+TEST("answers.opt_between_many_records") {  // pointers of two octets, over some kB
     try_all(
         [](Message& m) {
             int last = 12;
-            for (int i = 0; i < 8; i++)
+            for (int i = 0; i < 30; i++)
                 last = m.record(Message::pointer(last), 5, Octets{1, 'x'} + Message::pointer(12));
             m.section(3);
             m.opt();
-            for (int i = 0; i < 8; i++) {
+            for (int i = 0; i < 30; i++) {
                 last = m.record(Message::pointer(last), 15,
                                 Octets{0, 1, 1, 'y'} + Message::pointer(12)) +
                        2;

@@ -210,6 +210,9 @@ PLAIN = {"dns.length": "length", "dns.id": "id", "dns.flags": "flags", "dns.coun
 VALUES = {"dns.a": 1, "dns.aaaa": 28, "dns.ns": 2, "dns.cname": 5, "dns.ptr.domain_name": 12}
 FLAGS = [("response", "QR"), ("authoritative", "AA"), ("truncated", "TC"), ("recdesired", "RD"), ("recavail", "RA"),
          ("z", "Z"), ("authenticated", "AD"), ("checkdisable", "CD")]
+CLASSES = {1: "IN", 3: "CH", 4: "HS", 254: "NONE", 255: "ANY"}
+OPTIONS = {3: "NSID", 5: "DAU", 6: "DHU", 7: "N3U", 8: "CLIENT-SUBNET", 9: "EXPIRE", 10: "COOKIE", 11: "KEEPALIVE",
+           12: "PADDING", 13: "CHAIN", 14: "KEY-TAG", 15: "ERROR"}
 RCODES = {0: "NOERROR", 1: "FORMERR", 2: "SERVFAIL", 3: "NXDOMAIN", 4: "NOTIMP", 5: "REFUSED"}
 
 
@@ -227,6 +230,10 @@ def expected(node):
                 show = "." if show == "<Root>" else show
             elif name in ("dns.qry.type", "dns.resp.type"):
                 show = re.match(r"Type: (\S+)", f.get("showname"))[1], int(show)
+            elif name in ("dns.qry.class", "dns.resp.class"):
+                show = CLASSES.get(int(show, 0), "CLASS%d" % int(show, 0))
+            elif name == "dns.opt.code":
+                show = OPTIONS.get(int(show, 0), "OPTION%d" % int(show, 0))
             else:
                 show = str(int(show, 0))
             fields[at] = PLAIN[name], size, show

@@ -142,8 +142,8 @@ static void listens_on_absent(const std::string& address, const std::function<vo
     Upstream upstream(c);
     const int port = free_port();
     const std::string at = "@" + std::to_string(port);
-    Started s({"-c", c.ca(), "-u", upstream.spec(), "-a", "0.0.0.0/0", "-a", "::/0", "-l",
-               "127.0.0.1" + at, "-l", address + at});
+    Started s({"-c", c.ca(), "-u", upstream.spec(), "-l", "127.0.0.1" + at, "-l", address + at,
+               "-a", "0.0.0.0/0", "-a", "::/0"});
     const auto ended = [&] { return ends(s.process, 0); };
     CHECK(eventually([&] { return ended() || answers("127.0.0.1", port); }));
     if (ended()) {

@@ -2,16 +2,17 @@
 """README.md is held to what the program does: each of its indented blocks is run, parsed or compared,
 by what it begins with, and a block of no known kind is an error. Times, addresses and the resolver's
 name are masked. usage: readme.py PROXY UPSTREAM GROUP.CASE"""
-import glob, os, pty, random, re, shutil, socket, ssl, subprocess, sys, tempfile, threading, time
+import contextlib, glob, os, pty, random, re, shutil, socket, ssl, subprocess, sys, tempfile, threading, time
 
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROXY, UPSTREAM = (os.path.abspath(path) for path in sys.argv[1:3])
 KINDS = {  # by the first line; the number is how many there must be at least
-    "shell": (r"(apt-get|docker|make|openssl) ", 6), "help": (r"dot-proxy \[options\]", 1),
-    "line": (r"SUCCESS|FAILURE", 2), "totals": (r"TOTALS", 1), "story": (r"#1 \[1\]", 1),
+    "shell": (r"(apt-get|docker|make|nslookup|openssl|ss|systemctl|tcpdump) ", 14),
+    "help": (r"dot-proxy \[options\]", 1), "example": (r"dot-proxy -", 1),
+    "line": (r"READY|SUCCESS|ANSWERED|FAILURE", 2), "totals": (r"TOTALS", 1), "story": (r"#1 \[1\]", 1),
     "octets": (r"#1 \[5\]", 1), "framing": (r"UDP: ", 1), "picture": (r"stub resolver", 1),
     "pod": (r"apiVersion: ", 2), "compose": (r"services:", 1), "unit": (r"\[Unit\]", 1),
-    "unbound": (r"server:", 1)}
+    "resolved": (r"\[Resolve\]", 1), "unbound": (r"server:", 1), "dnsmasq": (r"no-resolv", 1), "corefile": (r"\S+:53 \{", 2)}
 QUERY = bytes.fromhex("123401000001000000000000076578616d706c6503636f6d0000010001")
 
 
@@ -52,7 +53,9 @@ def shell_lines():
 
 def mask(text):
     text = re.sub(r" +[0-9.]+ ms", " T ms", text)
+    text = re.sub(r"^(READY .* asking .*?) and \d+ more$", r"\1", text, flags=re.M)
     text = re.sub(r"[0-9a-f.:]+@\d+", "ADDRESS", text)
+    text = re.sub(r"ADDRESS(, ADDRESS)+", "ADDRESS", text)
     text = re.sub(r"\b([a-zA-Z_]+)=\d+", r"\1=N", text)  # totals
     text = re.sub(r"\d{4}-\d\d-\d\d", "DATE", text)
     return re.sub(r"cloudflare-dns\.com|dns\.example|dot\.test|wrong\.test", "NAME", text)
@@ -71,8 +74,9 @@ class Rig:
         self.upstream.stdin.close()
         self.upstream.wait()
 
-    def run(self, *more, queries=1, to=None, then=None):
-        """What the program prints for so many queries over UDP, one after the other."""
+    @contextlib.contextmanager
+    def proxy(self, *more, to=None):
+        """The program on a free port: the port, the process, the file that its lines go to."""
         options = [to or self.options[1] if o == self.options[1] else o for o in self.options]
         for _ in range(10):
             port = random.randrange(20000, 32000)
@@ -80,20 +84,46 @@ class Rig:
                 proxy = subprocess.Popen([PROXY, "-l", "127.0.0.1@%d" % port, *options, *more],
                                          stdout=out)
                 try:
-                    if not listens(port, proxy):
-                        continue  # somebody has the port
-                    for n in range(queries):
-                        check(ask(port), "no answer")
-                        # Its line comes after the answer; then the next connection is made ready.
-                        wait_for(lambda: len(re.findall("^(SUCC|FAIL)", whole(out), re.M)) > n)
-                        time.sleep(0.3 if n + 1 < queries else 0)
-                    proxy.terminate()
-                    check(proxy.wait(60) == 0, "it did not end well")
-                    return whole(out)
+                    if listens(port, proxy):  # else somebody has the port
+                        yield port, proxy, out
+                        return
                 finally:
                     proxy.kill()
                     proxy.wait()
         sys.exit("no free port")
+
+    def run(self, *more, queries=1, to=None, query=QUERY):
+        """What the program prints for so many queries over UDP, one after the other."""
+        with self.proxy(*more, to=to) as (port, proxy, out):
+            for n in range(queries):
+                check(ask(port, query), "no answer")
+                # Its line comes after the answer; then the next connection is made ready.
+                wait_for(lambda: len(re.findall("^(SUCC|ANSW|FAIL)", whole(out), re.M)) > n)
+                time.sleep(0.3 if n + 1 < queries else 0)
+            proxy.terminate()
+            check(proxy.wait(60) == 0, "it did not end well")
+            return whole(out)
+
+
+class Plain:
+    """A plain resolver on UDP, which answers every name with 10.0.0.80 and remembers it."""
+    def __init__(self, address="127.0.0.1", port=0):
+        self.heard, self.socket = [], socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.socket.bind((address, port))
+        self.port = self.socket.getsockname()[1]
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self):
+        while True:
+            query, client = self.socket.recvfrom(65535)
+            end = 12
+            while query[end]:
+                end += 1 + query[end]
+            name = query[13:end]
+            self.heard.append(re.sub(rb"[\0-\x1f]", b".", name).decode().lower())
+            record = bytes.fromhex("c00c00010001000000fa00040a000050")
+            self.socket.sendto(query[:2] + bytes.fromhex("85800001000100000000") +
+                               query[12:end + 5] + record, client)
 
 
 def whole(file):
@@ -117,11 +147,16 @@ def listens(port, process):
     return False
 
 
-def ask(port):
+def ask(port, query=QUERY):
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         s.settimeout(30)
-        s.sendto(QUERY, ("127.0.0.1", port))
+        s.sendto(query, ("127.0.0.1", port))
         return s.recv(65535)
+
+
+def query_for(name):  # type A
+    labels = b"".join(bytes([len(label)]) + label.encode() for label in name.split("."))
+    return QUERY[:12] + labels + QUERY[-5:]
 
 
 # ---- The cases ---------------------------------------------------------------------------------
@@ -131,9 +166,8 @@ def every_block_is_of_a_known_kind():
         blocks(kind)
     lines = read("README.md").split("\n")
     for number, line in enumerate(lines, 1):  # some lines cannot be broken
-        check(len(line) <= 120 or line.startswith(("    apt-get ", "      openssl ", "    TOTALS")),
+        check(len(line) <= 120 or line.startswith(("    apt-get ", "      openssl ", "    TOTALS", "| ")),
               "line", number, "is too wide")
-    check(len(lines) <= 480, len(lines), "lines are too many")
 
 
 def options_are_the_programs():
@@ -143,8 +177,13 @@ def options_are_the_programs():
 
 
 def accepts(options, what):
-    # 192.0.2.1 is nobody's: options that are good end with exit 1 there, and bad ones with 2.
-    end = subprocess.run([PROXY, *options, "-l", "192.0.2.1@5300"], capture_output=True, text=True)
+    # Options that are good end with exit 1, as the port is taken, and bad ones with 2.
+    known = (path for path in ("/etc/ssl/certs/ca-certificates.crt", "/etc/ssl/cert.pem") if os.path.exists(path))
+    options = [next(known, one) if re.search(r"^/.*\.pem$", one) else one for one in options]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
+        taken.bind(("127.0.0.1", 0))
+        options += ["-l", "127.0.0.1@%d" % taken.getsockname()[1]]
+        end = subprocess.run([PROXY, *options], capture_output=True, text=True, timeout=60)
     check(end.returncode == 1, what, "is not accepted:", end.stderr)
 
 
@@ -156,10 +195,75 @@ def commands_are_good():
             for target in re.findall(r" ([a-z]+)(?= |$)", command):
                 check(re.search(r"(?m)^%s:" % target, read("Makefile")), "make has no", target)
         if line.startswith("docker run") and image in line:
-            accepts(line.split(image, 1)[1].split(), line)
+            in_environment = re.findall(r'-e OPTIONS="([^"]*)"', line) + [""]
+            accepts(in_environment[0].split() + line.split(image, 1)[1].split(), line)
+    for block in blocks("example"):
+        for line in block.split("\n"):
+            accepts(line.split()[1:], line)
+
+
+def script(name):  # that the Dockerfile writes to the image's bin/
+    import shlex
+    text, = re.findall(r"(?ms)^RUN printf '%%s\\n' >bin/%s ((?:.*\\\n)*?.*?) && " % name, read("Dockerfile"))
+    return "\n".join(shlex.split(text.replace("\\\n", ""))) + "\n"
+
+
+def shell(text, *arguments, **environment):
+    end = subprocess.run(["sh", "-c", text, "sh", *arguments], capture_output=True, text=True,
+                         env={"PATH": os.environ["PATH"], **environment})
+    check(end.returncode == 0, text, end.stderr)
+    return end.stdout.strip(), end.stderr.strip()
+
+
+def image_starts_with_its_options():
+    everywhere, other = "--listen 0.0.0.0 --listen ::", "--user 65534 "
+    with tempfile.TemporaryDirectory() as dir:
+        own, status = dir + "/resolv.conf", dir + "/status"
+        text = script("start").replace("/dot-proxy", "echo").replace("/etc/resolv.conf", own)
+        text = text.replace("/proc/self/status", status).replace("$(id -u)", "$ID")
+        for options, arguments, rights, user, want in (
+                ("", "", "c0", 0, other + everywhere), ("", "", "20", 0, everywhere),
+                ("", "", "00", 1000, everywhere), ("", "-u quad9", "ff", 0, other + everywhere + " -u quad9"),
+                ("-r 50", "-q", "ff", 0, other + everywhere + " -r 50 -q"),
+                ("-q -l ::1", "-v", "ff", 0, other + "-q -l ::1 -v"),
+                ("", "--listen=127.0.0.1", "ff", 0, other + "--listen=127.0.0.1"),
+                ("", "-l127.0.0.1@5300", "00", 1000, "-l127.0.0.1@5300")):
+            with open(own, "w") as file:
+                file.write("nameserver 192.0.2.1\n")
+            with open(status, "w") as file:
+                file.write("CapEff:\t00000000a80425%s\n" % rights)
+            said, warning = shell(text, *arguments.split(), OPTIONS=options, ID=str(user))
+            check(said == want, "options", options, arguments, "start", said)
+            check(("127.0.0.1" in open(own).read()) == (everywhere in want), "resolv.conf with", want)
+            check(("another user" in warning) == (rights == "20"), "it warns", warning)
+        gone = text.replace(own, "/nonexistent/resolv.conf")
+        check("cannot be written" in shell(gone, ID="1")[1], "it is silent on resolv.conf")
+
+
+def image_is_asked_where_it_listens():
+    with tempfile.NamedTemporaryFile("w") as file:
+        text = script("health").replace("/proc/1/cmdline", file.name).replace("exec nslookup", "echo")
+        for words, options, want in (
+                ("/dot-proxy --user 1 --listen 0.0.0.0 --listen ::", "", "[127.0.0.1]:53"),
+                ("/dot-proxy -l 127.0.0.1@5300 -l ::1", "", "[127.0.0.1]:5300"),
+                ("/dot-proxy --listen=::@54 -q", "", "[::1]:54"), ("/dot-proxy -l172.28.0.53", "", "[172.28.0.53]:53"),
+                ("/sbin/docker-init -- /bin/start -q", "-r 5 -l fd00::1@55", "[fd00::1]:55"),
+                ("/pause", "", "[127.0.0.1]:53")):
+            file.seek(0)
+            file.truncate()
+            file.write(words.replace(" ", "\0") + "\0")
+            file.flush()
+            said = shell(text, OPTIONS=options)[0]
+            check(said == "-type=a resolver.arpa " + want, words, options, "is asked", said)
+
+
+def image_is_labelled():
     docker = read("Dockerfile")
-    check(re.search(r'(?s)ENTRYPOINT .*exec /dot-proxy .*\\"\$@\\"", "dot-proxy"\]', docker), "ENTRYPOINT")
-    check(re.search(r"for tool in [a-z ]*nslookup.*/image/bin/\$tool", docker), "no nslookup in the image")
+    version = subprocess.run([PROXY, "--version"], capture_output=True, text=True, check=True).stdout.split()[1]
+    check('version="%s"' % version in docker, "the label is not", version)
+    check(re.search(r"for tool in [a-z ]*nslookup.* bin/\$tool", docker), "no nslookup in the image")
+    for name in re.findall(r"image: \S*dot-proxy-server\S*", read("README.md")):
+        check(name.endswith(":" + version), name, "is not of version", version)
 
 
 def pin_is_computed_so():
@@ -180,6 +284,7 @@ def lines_are_the_programs():
     want = {mask(line) for block in blocks("line") for line in block.split("\n")}
     with Rig() as rig:
         have = rig.run(queries=2)
+        have += rig.run(query=query_for("servfail.test"))
         have += rig.run(to=rig.options[1].replace("dot.test", "wrong.test"))
     missing = want - {mask(line) for line in have.split("\n")}
     check(not missing, "never printed:", missing, "but", have)
@@ -259,22 +364,28 @@ def load_yaml(text):
 
 def check_containers(pod, text):
     check(pod["containers"], "no containers")
+    pod_context = pod["securityContext"]
+    check(pod_context["seccompProfile"] == {"type": "RuntimeDefault"}, "seccompProfile")
+    known = {"name", "image", "command", "restartPolicy", "startupProbe", "readinessProbe", "resources",
+             "securityContext"}
     for one in pod.get("initContainers", []) + pod["containers"]:
-        check(one["name"] and one["image"], "a container without a name or image")
+        check(set(one) <= known, "unknown keys of a container:", set(one) - known)
+        check(one["name"] and ":" in one["image"], "a container without a name, or an image without a tag")
+        check(one["securityContext"]["capabilities"]["drop"] == ["ALL"], "capabilities")
+        check(one["securityContext"]["allowPrivilegeEscalation"] is False, "privilege escalation")
+        check("ports" not in one, "ports, which the host's network does not need")
+        for kind in ("startupProbe", "readinessProbe", "livenessProbe"):  # of the proxy, not of its resolver
+            check(one.get(kind, {}).get("exec", {"command": ["/bin/health"]}) == {"command": ["/bin/health"]}, kind)
         command = one.get("command", [])
         if command[:1] == ["/dot-proxy"]:
             accepts(command[1:], one["name"])
             context = one["securityContext"]
-            check(context["capabilities"]["drop"] == ["ALL"], "capabilities")
             check(context["readOnlyRootFilesystem"], "a root file system that is writable")
             check("memory" in one["resources"]["limits"], "no limits")
-            probe = one["readinessProbe"]["exec"]["command"]
-            check(probe[0] == "/bin/nslookup" and probe[2] == command[2], "another is probed")
-            sysctls = pod.get("securityContext", {}).get("sysctls", [])
+            check("startupProbe" in one or "readinessProbe" in one, "no probe")
+            sysctls = pod_context.get("sysctls", [])
             check(any(s["name"].endswith("port_start") and s["value"] == "53" for s in sysctls) or
                   "NET_BIND_SERVICE" in context["capabilities"].get("add", []), "port 53 is closed")
-    ports = {(p["containerPort"], p["protocol"]) for c in pod["containers"] for p in c.get("ports", [])}
-    check(not ports or ports == {(53, "UDP"), (53, "TCP")}, "ports", ports)
 
 
 def kubernetes_snippets_parse():
@@ -285,12 +396,18 @@ def kubernetes_snippets_parse():
             check(y["apiVersion"] == "v1" and y["spec"]["dnsPolicy"] == "None", "pod")
             check(y["spec"]["dnsConfig"]["nameservers"] == ["127.0.0.1"], "nameservers")
             check_containers(y["spec"], text)
+            check(y["spec"]["securityContext"]["runAsNonRoot"], "it may be root")  # for "restricted"
+            check(all("add" not in c["securityContext"]["capabilities"]
+                      for c in y["spec"]["initContainers"] + y["spec"]["containers"]), "it has a capability")
         else:
             check((y["apiVersion"], y["kind"]) == ("apps/v1", "DaemonSet"), y["kind"])
             template = y["spec"]["template"]
             labels = y["spec"]["selector"]["matchLabels"]
             check(labels == template["metadata"]["labels"], "the labels differ")
             check(template["spec"]["hostNetwork"] is True, "not on the host's network")
+            check(template["spec"]["tolerations"] == [{"operator": "Exists"}], "tolerations")
+            forward = re.search(r"forward \. (\S+)", "\n".join(blocks("corefile")))[1]
+            check("--listen, %s," % forward in text, "CoreDNS asks another address:", forward)
             check_containers(template["spec"], text)
 
 
@@ -302,7 +419,7 @@ def compose_file_parses():
         (net, own), = dns["networks"].items()
         subnet = ipaddress.ip_network(y["networks"][net]["ipam"]["config"][0]["subnet"])
         check(ipaddress.ip_address(own["ipv4_address"]) in subnet, "its address is not in", subnet)
-        accepts(dns["command"], "compose")
+        accepts(dns["environment"]["OPTIONS"].split(), "compose")
         for name, service in y["services"].items():
             check(("image" in service) != ("build" in service), name)
             check(set(service["networks"]) <= set(y["networks"]), name, "networks")
@@ -324,9 +441,17 @@ def unit_verifies():
             with open(path, "w") as file:
                 file.write(text.replace("/usr/local/bin/dot-proxy", PROXY) + "\n")
             end = subprocess.run(["systemd-analyze", "verify", path], capture_output=True, text=True)
+            for key in ("Type=notify", "Restart=always", "StartLimitIntervalSec=0", "Before=nss-lookup.target"):
+                check(key in text.split("\n"), "no", key)
+            check("AF_UNIX" in text, "no family to notify systemd by")
             # Of unknown keys it only warns; of other units of the machine it may, too.
             mine = [one for one in end.stderr.split("\n") if "dot-proxy.service" in one]
             check(end.returncode == 0 and not mine, "systemd-analyze verify:", end.stderr)
+
+
+def resolved_block_has_both_lines():  # it takes a booted systemd to see what they do
+    for text in blocks("resolved"):
+        check(text.split("\n")[1:] == ["DNS=127.0.0.1", "Domains=~."], "systemd-resolved asks others too")
 
 
 def unbound_snippet_parses():
@@ -341,8 +466,85 @@ def unbound_snippet_parses():
             check(end.returncode == 0, end.stdout, end.stderr)
 
 
+@contextlib.contextmanager
+def in_front(command, config, dir, **places):
+    """A cache with that configuration, in which each key of `places` stands for its value."""
+    for _ in range(10):
+        port = random.randrange(20000, 32000)
+        text = config
+        for place, value in {**places, "PORT": port, "DIR": dir}.items():
+            text = text.replace(place, str(value))
+        with open(dir + "/conf", "w") as file:
+            file.write(text)
+        cache = subprocess.Popen([*command, dir + "/conf"], stderr=subprocess.DEVNULL)
+        try:
+            if listens(port, cache):
+                yield port
+                return
+        finally:
+            cache.kill()
+            cache.wait()
+    sys.exit("no free port, or no good configuration:\n" + text)
+
+
+def program(name):
+    return shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin") or skip("no " + name)
+
+
+def asks_the_proxy_only(command, config, proxy_at, own_at):
+    """Names of the own zone go to its server, all others to the proxy and the second time nowhere.
+    `at`: how the configuration writes a port. Returns what a resolver beside them heard."""
+    host = "127.%d.%d.%d" % tuple(random.randrange(1, 255) for _ in range(3))
+    try:
+        aside, own = Plain(host, 53), Plain()
+    except PermissionError:
+        skip("no right to port 53")
+    with tempfile.TemporaryDirectory() as dir, Rig() as rig, rig.proxy() as (port, _, out):
+        with open(dir + "/resolv.conf", "w") as file:
+            file.write("nameserver " + host + "\n")
+        places = {proxy_at: proxy_at.replace("5300", str(port)), "10.0.0.53": own_at % own.port}
+        with in_front(command, config, dir, **places) as cache:
+            asked = []  # how often the proxy was, after each of two equal queries
+            for _ in range(2):
+                check(ask(cache, query_for("example.com"))[6:8] == b"\0\1", "no answer")
+                wait_for(lambda: "SUCCESS" in whole(out))
+                time.sleep(0.3)
+                asked.append(whole(out).count("\n"))
+            check(asked[0] == asked[1], "the second answer was not cached:\n" + whole(out))
+            check(ask(cache, query_for("host.corp.example"))[-4:] == bytes([10, 0, 0, 80]), "own zone")
+            time.sleep(0.3)
+            check(asked[1] == whole(out).count("\n"), "the own zone was asked for elsewhere")
+    check(set(own.heard) == {"host.corp.example"}, "the zone's server was asked for", own.heard)
+    return aside.heard
+
+
+def dnsmasq_asks_the_proxy_only():
+    command = [program("dnsmasq"), "--keep-in-foreground", "-C"]
+    for text in blocks("dnsmasq"):
+        config = text + "\nport=PORT\nuser=root\npid-file=\nresolv-file=DIR/resolv.conf\n"
+        for one, silent in ((config, True), (config.replace("no-resolv", ""), False)):
+            heard = asks_the_proxy_only(command, one, "127.0.0.1#5300", "127.0.0.1#%d")
+            check(bool(heard) != silent, "the resolver of resolv.conf heard", heard)
+
+
+def unbound_asks_the_proxy_only():
+    command = [program("unbound"), "-d", "-c"]
+    own = """server:
+    chroot: ""
+    username: ""
+    directory: "DIR"
+    pidfile: ""
+    use-syslog: no"""
+    for text in blocks("unbound"):
+        config = text.replace("server:", own, 1).replace("interface: 127.0.0.1", "interface: 127.0.0.1@PORT")
+        config += "\nremote-control:\n    control-enable: no\n"
+        heard = asks_the_proxy_only(command, config, "127.0.0.1@5300", "127.0.0.1@%d")
+        check(not heard, "the resolver of resolv.conf heard", heard)
+
+
 def names_are_known():  # every test, function, file and option that is named is there
-    readme, future = read("README.md").split("## What to change next")
+    future = re.search(r"(?s)\n## What to change next\n.*?(?=\n## )", read("README.md"))[0]
+    readme = read("README.md").replace(future, "")
     code = read("dot.hpp") + read("dot.cpp") + read("main.cpp")
     cmake = read("test/CMakeLists.txt")
     sources = "".join(read(os.path.relpath(path, TOP)) for path in glob.glob(TOP + "/test/*.cpp"))

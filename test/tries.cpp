@@ -74,10 +74,19 @@ TEST("faults.not_an_octet_of_a_broken_answer_is_relayed") {
 
 TEST("faults.a_query_is_tried_three_times_at_most") {  // (96)
     Pair p;
-    CHECK_EQ(p.proxy.ask(make_query("close2.test")).rcode(), 0);
+    CHECK_EQ(p.proxy.ask(make_query("wrongid2.test")).rcode(), 0);
     CHECK_EQ(p.upstream.seen().queries.size(), 3u);
-    CHECK_EQ(p.proxy.ask(make_query("close5.test")).rcode(), 2);
+    CHECK_EQ(p.proxy.ask(make_query("wrongid5.test")).rcode(), 2);
     CHECK_EQ(p.upstream.seen().queries.size(), 6u);
+}
+
+// A resolver closes the connection upon what it refuses to answer.
+TEST("faults.a_query_that_closes_two_connections_is_not_sent_again") {
+    Pair p;
+    CHECK_EQ(p.proxy.ask(make_query("close1.test")).rcode(), 0);
+    CHECK_EQ(p.upstream.seen().queries.size(), 2u);
+    CHECK_EQ(p.proxy.ask(make_query("close5.test")).rcode(), 2);
+    CHECK_EQ(p.upstream.seen().queries.size(), 4u);
 }
 
 // ---- failover -----------------------------------------------------------------------------------
@@ -104,7 +113,9 @@ TEST("failover.the_next_upstream_answers") {
 // So that the queries which find out that the first one is gone pay no handshake.
 TEST("failover.the_next_upstream_has_as_many_ready_connections") {
     Certificates certificates;
-    Upstream first(certificates, {.delay_ms = 200}), next(certificates);
+    // So slow that the handshakes of a burst are no sign of an overloaded resolver.
+    Upstream first(certificates, {.delay_ms = 200, .handshake_ms = 50});
+    Upstream next(certificates, {.handshake_ms = 50});
     Proxy proxy(certificates, {first.spec(), next.spec()});
     CHECK_EQ(Burst(proxy, 12).answered, 12);
     CHECK(eventually([&] {
@@ -128,14 +139,14 @@ TEST("failover.an_upstream_that_failed_rests_and_comes_back") {  // (91, 99)
     const int port = bad->port();
     Proxy proxy(certificates, {bad->spec()});
     const auto start = Clock::now();
-    int asked = 0;
-    for (; since(start) < 2; asked++) {
+    while (since(start) < 2) {
         const auto one = Clock::now();
         CHECK_EQ(proxy.ask(make_query("a.test")).rcode(), 2);
-        CHECK(since(one) < 3);  // at once, not after the deadline
+        CHECK(since(one) < 3);  // not only at the deadline
         usleep(10000);
     }
-    CHECK_WHY(bad->seen().connections * 5 < asked, std::to_string(bad->seen().connections));
+    // While it rests it is asked ten times a second at most.
+    CHECK_WHY(bad->seen().connections <= 30, std::to_string(bad->seen().connections));
     bad.reset();
     Upstream good(certificates, {.port = port});
     CHECK(eventually([&] { return proxy.ask(make_query("a.test")).rcode() == 0; }, 30));

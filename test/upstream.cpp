@@ -544,11 +544,6 @@ bool Upstream::Shared::serve_query(SSL* ssl, int fd, int connection, const Octet
         return false;
     }
     if (o.script && answer_by_script(o, ssl, query)) return true;
-    if (is_silent(connection)) {
-        while (sleep(50)) {
-        }
-        return false;
-    }
     if (o.refuses && o.refuses(query)) {
         SSL_shutdown(ssl);
         return false;
@@ -572,6 +567,11 @@ bool Upstream::Shared::serve_query(SSL* ssl, int fd, int connection, const Octet
     }
     if (key == "slow" && !sleep(number)) return false;
     if (o.delay_ms && !sleep(o.delay_ms)) return false;
+    if (is_silent(connection)) {
+        while (sleep(50)) {
+        }
+        return false;
+    }
     const Octets a = answer(query, question, key, number);
     Octets framed{uint8_t(a.size() >> 8), uint8_t(a.size())};
     framed.insert(framed.end(), a.begin(), a.end());
