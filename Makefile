@@ -10,6 +10,7 @@
 # make soak             clients and resolvers of every bad manner; N=200000 queries
 # make outage           one of two resolvers is killed each second; SECONDS=60
 # make flood            what a flood takes from an honest client
+# make chaos            all bad manners at once; SECONDS=600 in each of six programs
 # make clean            removes build/
 # README.md says more.
 
@@ -42,7 +43,7 @@ install: $(DIR)/dot-proxy
 uninstall:
 	rm -f $(DESTDIR)$(PREFIX)/bin/dot-proxy
 
-LONG = seeds soak outage flood
+LONG = seeds soak outage flood chaos
 $(addprefix $(DIR)/test/,all upstream $(LONG)): $(DIR)/test/%: $(DIR)/dot-proxy
 	@command -v cmake >/dev/null || { echo "needs CMake: apt-get install cmake" >&2; exit 1; }
 	cmake -S test -B $(DIR)/test -DPROXY=$(abspath $<) -DSANITIZE=$(SANITIZE) >/dev/null
@@ -71,6 +72,14 @@ outage: $(DIR)/test/outage
 flood: $(DIR)/test/flood
 	@PROXY=$(abspath $(DIR)/dot-proxy) $<
 
+chaos: SECONDS = 600
+chaos:
+	@for with in thread address,undefined ''; do \
+	  $(MAKE) --no-print-directory SANITIZE=$$with SECONDS=$(SECONDS) chaos-of-two || exit 1; done
+chaos-of-two: $(DIR)/test/chaos
+	@echo "$(DIR)/dot-proxy, $(SECONDS) s, and again with --reuse and -vv"
+	@PROXY=$(abspath $(DIR)/dot-proxy) SECONDS=$(SECONDS) $<
+
 exercises:
 	@test/exercises/prove.sh
 
@@ -83,4 +92,4 @@ exercise:
 
 clean:
 	rm -rf build
-.PHONY: all help install uninstall run demo bench test fuzz soak outage flood exercises exercise clean $(addprefix $(DIR)/test/,all upstream $(LONG))
+.PHONY: all help install uninstall run demo bench test fuzz soak outage flood chaos chaos-of-two exercises exercise clean $(addprefix $(DIR)/test/,all upstream $(LONG))

@@ -7,6 +7,7 @@
 #include <thread>
 
 #include "links.hpp"
+#include "pipe.hpp"
 #include "program.hpp"
 #include "usage.hpp"
 
@@ -252,41 +253,6 @@ TEST("operators.link_local_clients_are_answered_on_their_link") {
 
 // ---- The log -----------------------------------------------------------------------------------
 
-// A pipe that the program writes to, by a script in its place.
-class Pipe {
-public:
-    Pipe() {
-        CHECK_EQ(mkfifo((dir_.path + "/pipe").c_str(), 0600), 0);
-        fd = open((dir_.path + "/pipe").c_str(), O_RDWR | O_NONBLOCK | O_CLOEXEC);
-        const std::string script = dir_.path + "/piped";
-        std::ofstream(script) << "#!/bin/sh\nexec " << before_ << " \"$@\" >" << dir_.path
-                              << "/pipe\n";
-        chmod(script.c_str(), 0700);
-        setenv("PROXY", script.c_str(), 1);
-    }
-    ~Pipe() {
-        setenv("PROXY", before_.c_str(), 1);
-        close(fd);
-    }
-    void fill() {
-        const std::string much(4096, '.');
-        while (write(fd, much.data(), much.size()) > 0) {
-        }
-        while (write(fd, ".", 1) > 0) {
-        }
-    }
-    std::string read_some(size_t most) {
-        std::string some(most, 0);
-        some.resize(size_t(std::max<ssize_t>(0, read(fd, some.data(), most))));
-        return some;
-    }
-    int fd;
-
-private:
-    const std::string before_ = environment("PROXY");
-    TempDir dir_;
-};
-
 // However many write at once, and however slowly it is read: what is told of a message stays whole.
 TEST("operators.the_octets_of_vv_do_not_mix") {
     Pipe pipe;
@@ -299,17 +265,18 @@ TEST("operators.the_octets_of_vv_do_not_mix") {
                 text += some;
         }
     });
-    constexpr int number = 24, size = 3000;
+    constexpr int number = 24, size = 35 + 180 * 16;
     {
         Pair p({.delay_ms = 20}, {"-vv"});
         std::vector<std::thread> clients;
         for (int i = 0; i < number; i++)
             clients.emplace_back([&, i] {
-                Octets q = make_query("a.test", 1, {}, i), options{0xfd, 0xe9, 0, 0};
-                const int fill = size - int(q.size()) - 11 - 4;
-                options[2] = uint8_t(fill >> 8);
-                options[3] = uint8_t(fill);
-                for (int o = 0; o < fill; o++) options.push_back(uint8_t(i + o));
+                Octets q = make_query("a.test", 1, {}, i), options;
+                for (int code = 0xfd00; q.size() + 11 + options.size() + 16 <= size; code++) {
+                    append16(options, code);
+                    append(options, {0, 12});
+                    for (int o = 0; o < 12; o++) options.push_back(uint8_t(code + i + o));
+                }
                 append(q, opt_record({1232, false, options}));
                 q[11] = 1;
                 p.proxy.udp(q);
@@ -433,6 +400,50 @@ TEST("operators.sighup_says_the_totals_and_ends_it") {
         CHECK_EQ(p.proxy.process().wait(), 0);
         CHECK_EQ(number_in_totals(p.proxy.out(), "success"), 1);
     }
+}
+
+// ---- Memory ------------------------------------------------------------------------------------
+
+static void limit_memory(pid_t pid, rlim_t octets) {
+    const rlimit limit{octets, RLIM_INFINITY};
+    CHECK_EQ(prlimit(pid, RLIMIT_AS, &limit, nullptr), 0);
+}
+
+// How many of ten queries, with time between them, find a connection that is ready.
+static int ready_of_ten(Proxy& proxy) {
+    const int before = proxy.total("ready");
+    for (int i = 0; i < 10; i++) {
+        CHECK_EQ(proxy.ask(make_query("a" + std::to_string(i) + ".test")).rcode(), 0);
+        usleep(100000);
+    }
+    return proxy.total("ready") - before;
+}
+
+// Now and then no thread and no large piece of memory is to be had: when they are again all is as
+// before, and no place of a connection that was to be opened ahead is lost.
+TEST("operators.ready_connections_come_back_when_memory_does") {
+    if (!memory_counts) throw check::Skip("sanitizers need all addresses");
+    Pair p({}, {"-k", "4"});
+    CHECK(ready_of_ten(p.proxy) >= 8);
+    std::mt19937 random{1};
+    int lost = 0;
+    for (int round = 0; round < 12; round++) {
+        Client client(SOCK_DGRAM, p.proxy.port);
+        p.upstream.set({.handshake_ms = 60});
+        for (int i = 0; i < 60; i++) client.send(make_query("slow60.test", 1, Edns{}, i));
+        usleep(useconds_t(20000 + random() % 100000));  // their threads are there
+        const std::string status = contents("/proc/" + std::to_string(p.proxy.pid()) + "/status");
+        const rlim_t size = rlim_t(atol(&status[status.find("VmSize:") + 7])) * 1024;
+        limit_memory(p.proxy.pid(), size + random() % 30 * 4096);
+        usleep(200000);
+        p.upstream.set({});
+        usleep(200000);
+        limit_memory(p.proxy.pid(), RLIM_INFINITY);
+        for (int i = 0; i < 60; i++) lost += !client.receive(1);
+    }
+    printf("%d queries without an answer\n", lost);
+    sleep(2);
+    CHECK(ready_of_ten(p.proxy) >= 8);
 }
 
 int main(int argc, char** argv) { return check::main(argc, argv); }
