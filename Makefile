@@ -1,4 +1,4 @@
-# make                  builds build/dot-proxy
+# make                  builds build/dot-proxy; CPPFLAGS=-DPOSIX_ONLY without what POSIX lacks
 # make run              on 127.0.0.1, port 5300
 # make demo             one query without internet, its story and its octets
 # make install          into PREFIX=/usr/local (and DESTDIR); make uninstall takes it away
@@ -16,7 +16,7 @@
 
 SANITIZE =
 COMMA = ,
-DIR = build$(if $(SANITIZE),/$(subst $(COMMA),-,$(SANITIZE)))
+DIR = build$(if $(SANITIZE),/$(subst $(COMMA),-,$(SANITIZE)))$(if $(filter -DPOSIX_ONLY,$(CPPFLAGS)),/posix)
 CXXFLAGS = -O2 -g -Wall -Wextra
 STRICT = -std=c++20 -pthread $(if $(SANITIZE),-fsanitize=$(SANITIZE) -fno-sanitize=vptr -fno-omit-frame-pointer)
 JOBS = $(shell echo $$((2 * $$(nproc))))

@@ -30,17 +30,19 @@ static std::mutex printing;
 
 void say(std::string line) {
     line += '\n';
-    // With -vv a line may be longer than what a pipe takes in one piece.
+    // A pipe takes a short line in one piece. With -vv lines are longer, and must wait for each
+    // other.
     std::unique_lock<std::mutex> lock(printing, std::defer_lock);
     if (settings.verbose >= 2) lock.lock();
-    // A reader who is gone, or a full disk, must not stop the service.
-    (void)!write(STDOUT_FILENO, line.data(), line.size());
+    const ssize_t written = write(STDOUT_FILENO, line.data(), line.size());
+    (void)written;  // A reader who is gone, or a full disk, must not stop the service.
 }
 
 static std::mutex counting;  // guards `counts`
 static std::map<std::string, int64_t> counts{
     {"udp", 0}, {"tcp", 0}, {"success", 0}, {"failure", 0}};
 
+// The reasons of failures are names as well, and have spaces.
 static std::string without_spaces(std::string name) {
     std::replace(name.begin(), name.end(), ' ', '_');
     return name;
@@ -95,6 +97,12 @@ std::string Address::bits() const {
     return bits;
 }
 
+static bool is_ip_address(const std::string& host) {
+    in6_addr ignored;
+    return inet_pton(AF_INET, host.c_str(), &ignored) == 1 ||
+           inet_pton(AF_INET6, host.c_str(), &ignored) == 1;
+}
+
 int parse_number(const std::string& from, int least, int most) {
     const bool is_digits = from.find_first_not_of("0123456789") == from.npos;
     if (is_digits && !from.empty() && from.size() <= 9) {
@@ -104,22 +112,24 @@ int parse_number(const std::string& from, int least, int most) {
     throw BadOption(text("'%.100s' is not a number from %d to %d", from.c_str(), least, most));
 }
 
-// What a user probably meant who wrote something that is no ADDR[@PORT].
-static std::string advice_on_address(const std::string& from, int port) {
-    const size_t bracket = from.find(']');
+// What to write instead of something that is no ADDR[@PORT].
+static std::string advice_on_address(const std::string& from) {
+    const bool is_number = from.find_first_not_of("0123456789") == from.npos;
+    if (is_number && !from.empty()) return "a port follows an address: write 127.0.0.1@" + from;
+
+    // "127.0.0.1:53", "[::1]:53" or "[::1]"
     const size_t colon = from.rfind(':');
-    const std::string as_example = std::to_string(port ? port : 53);
-    in_addr v4;
-    if (from.starts_with("[") && bracket != from.npos) {
-        const std::string host = from.substr(1, bracket - 1);
-        if (bracket + 1 == from.size()) return "write " + host;
-        if (from[bracket + 1] == ':') return "write " + host + "@" + from.substr(bracket + 2);
+    std::string host = from;
+    std::string port;
+    if (from.ends_with(']')) {
+        host = from;
+    } else if (colon != from.npos) {
+        host = from.substr(0, colon);
+        port = "@" + from.substr(colon + 1);
     }
-    if (colon != from.npos && inet_pton(AF_INET, from.substr(0, colon).c_str(), &v4) == 1)
-        return "write " + from.substr(0, colon) + "@" + from.substr(colon + 1);
-    if (!from.empty() && from.find_first_not_of("0123456789") == from.npos)
-        return "a port comes behind an address: write 127.0.0.1@" + from;
-    return "this is not an IP address; write ADDR[@PORT], for example 127.0.0.1@" + as_example;
+    if (host.starts_with('[') && host.ends_with(']')) host = host.substr(1, host.size() - 2);
+    if (is_ip_address(host)) return "write " + host + port;
+    return "this is not an IP address; write ADDR[@PORT], for example 127.0.0.1@5300";
 }
 
 Address parse_address(const std::string& from, int default_port) {
@@ -131,7 +141,7 @@ Address parse_address(const std::string& from, int default_port) {
     } else if (inet_pton(AF_INET6, host.c_str(), &address.v6.sin6_addr) == 1) {
         address.any.sa_family = AF_INET6;
     } else {
-        throw BadOption(advice_on_address(from, default_port));
+        throw BadOption(advice_on_address(from));
     }
     int port = default_port;
     if (at != from.npos) port = parse_number(from.substr(at + 1), 1, 65535);
@@ -149,8 +159,8 @@ std::string parse_network(const std::string& from) {
     int length = longest;
     if (slash != from.npos) length = parse_number(from.substr(slash + 1), 0, longest);
 
-    // A host's address with a network's length, or the address of all hosts without one, says two
-    // things at once. Whoever wrote it may have meant either.
+    // 10.0.0.1/8 could mean a host or a network, and 0.0.0.0 could mean nobody or everybody. The
+    // first of the bits is the family, so bit number n stands at index n.
     const size_t last_one = bits.find_last_of('1');
     if (last_one != bits.npos && int(last_one) > length)
         throw BadOption("the address has bits behind the first " + std::to_string(length) +
@@ -178,15 +188,9 @@ static std::vector<std::string> split(const std::string& from, char separator) {
     }
 }
 
-static bool is_ip_address(const std::string& host) {
-    Address ignored;
-    return inet_pton(AF_INET, host.c_str(), &ignored.v4.sin_addr) == 1 ||
-           inet_pton(AF_INET6, host.c_str(), &ignored.v6.sin6_addr) == 1;
-}
-
 // Reads the name that a resolver must prove to have: an IP address, or a host name of letters,
-// digits, '-', '_' and dots. Neither a wildcard nor a leading dot is a name: a certificate for some
-// other host of that domain would do.
+// digits, '-', '_' and dots. With a wildcard or a leading dot, OpenSSL would accept the certificate
+// of any host of that domain.
 static std::string parse_name(std::string name) {
     if (is_ip_address(name)) return name;
     if (name.ends_with('.')) name.pop_back();
@@ -202,37 +206,31 @@ static std::string parse_name(std::string name) {
     return name;
 }
 
-// Reads pin-sha256=BASE64, the SHA-256 of a key. The base64 of 32 octets is 43 digits and "=".
+// Reads pin-sha256=BASE64, the SHA-256 of a key. The base64 of 32 octets is 43 digits and a "=".
 static Bytes parse_pin(const std::string& from) {
     const std::string prefix = "pin-sha256=";
-    const std::string base64 = from.substr(std::min(prefix.size(), from.size()));
+    const BadOption bad("'" + from + "' is not pin-sha256= and 44 characters of base64");
+    if (!from.starts_with(prefix)) throw bad;
+    const std::string base64 = from.substr(prefix.size());
+    if (base64.size() != 44 || base64.find('=') != 43) throw bad;
     uint8_t octets[33];  // EVP_DecodeBlock() writes one octet for the "=" as well.
-    const bool is_good =
-        from.starts_with(prefix) && base64.size() == 44 && base64.find('=') == 43 &&
-        EVP_DecodeBlock(octets, reinterpret_cast<const uint8_t*>(&base64[0]), 44) == 33;
-    if (!is_good) throw BadOption("'" + from + "' is not pin-sha256= and 44 characters of base64");
+    const auto* digits = reinterpret_cast<const uint8_t*>(base64.data());
+    if (EVP_DecodeBlock(octets, digits, 44) != 33) throw bad;
     return Bytes(octets, octets + 32);
 }
 
-// What a user probably meant who wrote an upstream without a '#'.
-static std::string advice_on_upstream(const std::string& from) {
-    const std::string scheme = "tls://";
-    std::string rest = from;
-    if (rest.starts_with(scheme)) rest = rest.substr(scheme.size());
-    const std::string host = rest.substr(0, rest.find('@'));
-    if (rest.find(',') != rest.npos)
-        return "write one --upstream for each resolver: -u cloudflare -u google";
+// What to write instead of an upstream that has no '#'.
+static std::string advice_on_upstream(std::string from) {
+    const std::string form = "ADDR[@PORT]#NAME[,pin-sha256=BASE64]...";
+    if (from.find(',') != from.npos) return "write one --upstream for each resolver";
+    if (from.starts_with("tls://")) from = from.substr(6);
     for (const auto& [name, whole] : known_resolvers) {
-        const bool is_its_address = (" " + whole).find(" " + host + " ") != whole.npos;
         const std::string its_name = whole.substr(whole.find('#') + 1);
-        if (!host.empty() && is_its_address)
-            return "write " + rest + "#" + its_name + ", or " + name;
-        if (rest == its_name) return "write " + name + ", or an address of it and #" + rest;
+        if (from == its_name) return "write " + name + ", or an address and #" + its_name;
     }
-    if (is_ip_address(host))
-        return "say whom it must prove to be: write " + rest + "#NAME, as in 192.0.2.1#dns.example";
-    return "write cloudflare, google, quad9 or ADDR[@PORT]#NAME[,pin-sha256=BASE64]..., as in "
-           "192.0.2.1#dns.example";
+    if (is_ip_address(from.substr(0, from.find('@'))))
+        return "say whom it must prove to be: write " + from + "#NAME, as in 192.0.2.1#dns.example";
+    return "write cloudflare, google, quad9 or " + form + ", as in 192.0.2.1#dns.example";
 }
 
 std::vector<Peer> parse_upstream(const std::string& from) {
@@ -262,24 +260,10 @@ std::vector<Peer> parse_upstream(const std::string& from) {
 enum RecordType : int {
     TYPE_A = 1,
     TYPE_NS = 2,
-    TYPE_MD = 3,
-    TYPE_MF = 4,
     TYPE_CNAME = 5,
-    TYPE_SOA = 6,
-    TYPE_MB = 7,
-    TYPE_MG = 8,
-    TYPE_MR = 9,
     TYPE_PTR = 12,
-    TYPE_MINFO = 14,
-    TYPE_MX = 15,
-    TYPE_TXT = 16,
-    TYPE_RP = 17,
-    TYPE_AFSDB = 18,
-    TYPE_RT = 21,
     TYPE_SIG = 24,
-    TYPE_PX = 26,
     TYPE_AAAA = 28,
-    TYPE_SRV = 33,
     TYPE_OPT = 41,
     TYPE_TSIG = 250,
     TYPE_IXFR = 251,
@@ -309,7 +293,7 @@ enum Flag : int {
 // the type, the UDP size, the upper bits of the rcode, the version, DO and 15 zeros, the data's
 // size.
 constexpr size_t opt_header_size = 11;
-constexpr size_t opt_rcode_at = 5, opt_flags_at = 7, opt_data_size_at = 9;
+constexpr size_t opt_rcode_at = 5, opt_data_size_at = 9;
 constexpr int OPT_FLAG_DO = 0x8000;
 constexpr size_t option_header_size = 4;  // the code and the size
 constexpr int own_udp_size = 1232;        // what the proxy says of itself
@@ -325,23 +309,46 @@ static void append16(Bytes& m, size_t value) {
 }
 static void append(Bytes& m, const Bytes& more) { m.insert(m.end(), more.begin(), more.end()); }
 
+// A record type, and where the names in its data are: behind `names_at` octets there are `names` of
+// them. They may be compressed (RFC 1035; RFC 3597 4 for some later types), so when an OPT record
+// before them changes its size, the pointers in them must change as well: see replace_opt().
+struct TypeRow {
+    int type;
+    const char* name;
+    size_t names_at = 0;
+    int names = 0;
+};
+static const TypeRow type_rows[] = {
+    {1, "A"},           {2, "NS", 0, 1},   {3, "MD", 0, 1},  {4, "MF", 0, 1},
+    {5, "CNAME", 0, 1}, {6, "SOA", 0, 2},  {7, "MB", 0, 1},  {8, "MG", 0, 1},
+    {9, "MR", 0, 1},    {12, "PTR", 0, 1}, {13, "HINFO"},    {14, "MINFO", 0, 2},
+    {15, "MX", 2, 1},   {16, "TXT"},       {17, "RP", 0, 2}, {18, "AFSDB", 2, 1},
+    {21, "RT", 2, 1},   {24, "SIG"},       {26, "PX", 2, 2}, {28, "AAAA"},
+    {29, "LOC"},        {33, "SRV", 6, 1}, {35, "NAPTR"},    {39, "DNAME"},
+    {41, "OPT"},        {43, "DS"},        {44, "SSHFP"},    {46, "RRSIG"},
+    {47, "NSEC"},       {48, "DNSKEY"},    {50, "NSEC3"},    {52, "TLSA"},
+    {59, "CDS"},        {60, "CDNSKEY"},   {64, "SVCB"},     {65, "HTTPS"},
+    {250, "TSIG"},      {251, "IXFR"},     {252, "AXFR"},    {255, "ANY"},
+    {257, "CAA"},
+};
+
+static const TypeRow* find_type(int type) {
+    for (const TypeRow& row : type_rows)
+        if (row.type == type) return &row;
+    return nullptr;
+}
+
+std::string type_name(int type) {
+    if (type == 0) return "-";  // The query has no question.
+    const TypeRow* row = find_type(type);
+    return row ? row->name : "TYPE" + std::to_string(type);
+}
+
 static std::string name_from(const std::map<int, const char*>& names, int number,
                              const char* otherwise) {
     const auto found = names.find(number);
     if (found != names.end()) return found->second;
     return otherwise + std::to_string(number);
-}
-
-std::string type_name(int type) {
-    static const std::map<int, const char*> names{
-        {0, "-"},        {1, "A"},      {2, "NS"},      {5, "CNAME"},  {6, "SOA"},    {12, "PTR"},
-        {13, "HINFO"},   {15, "MX"},    {16, "TXT"},    {24, "SIG"},   {28, "AAAA"},  {29, "LOC"},
-        {33, "SRV"},     {35, "NAPTR"}, {39, "DNAME"},  {41, "OPT"},   {43, "DS"},    {44, "SSHFP"},
-        {46, "RRSIG"},   {47, "NSEC"},  {48, "DNSKEY"}, {50, "NSEC3"}, {52, "TLSA"},  {59, "CDS"},
-        {60, "CDNSKEY"}, {64, "SVCB"},  {65, "HTTPS"},  {99, "SPF"},   {250, "TSIG"}, {251, "IXFR"},
-        {252, "AXFR"},   {255, "ANY"},  {256, "URI"},   {257, "CAA"},
-    };
-    return name_from(names, type, "TYPE");
 }
 
 std::string rcode_name(int rcode) {
@@ -377,159 +384,149 @@ struct Field {
     int type = 0;  // of the record, if this is its data
 };
 
-// What is wrong with a message.
+// What is wrong with a message. parse() catches it.
 struct Malformed {
     const char* what;
 };
 
-// Reads a message from front to back. Its functions throw Malformed where the message ends too
-// soon.
+// Reads a message from front to back. Each function passes a field and notes it, if somebody wants
+// to print the fields. It throws Malformed if the message ends too soon.
 class Cursor {
 public:
-    // Notes in `fields` what it passes; nullptr: nobody wants to know.
     Cursor(const Bytes& message, size_t at, std::vector<Field>* fields = nullptr)
         : at(at), message(message), fields(fields) {}
 
-    void skip(size_t size) {
+    void require(size_t size) const {  // that so many octets follow
         if (size > message.size() - at) throw Malformed{"a name or record does not parse"};
-        at += size;
     }
 
-    int octet() {
-        skip(1);
-        return message[at - 1];
-    }
-
-    int number() {  // of 16 bits
-        skip(2);
+    int number(const char* label, Field::Kind kind = Field::NUMBER) {  // of 16 bits
+        require(2);
+        note(kind, label);
+        at += 2;
         return get16(message, at - 2);
     }
 
-    // Passes a name. A compression pointer ends it, and is not followed: what it points to is not
-    // needed, and it may be a circle. Returns where that pointer is; 0: there is none.
-    size_t name(bool may_have_pointer) {
-        const size_t start = at;
-        while (at - start < longest_name) {
-            const int length = octet();
-            if (length == 0) return 0;
-            if (length >= 0xc0 && may_have_pointer) {
-                octet();
-                return at - 2;
-            }
-            if (length > 63) break;
-            skip(size_t(length));
-        }
-        throw Malformed{"a name or record does not parse"};
+    void skip(size_t size, const char* label, Field::Kind kind = Field::NUMBER, int type = 0) {
+        require(size);
+        note(kind, label, type);
+        at += size;
     }
 
-    void note(size_t begin, Field::Kind kind, const char* label, int type = 0) {
-        if (fields) fields->push_back({kind, label, begin, type});
+    // A compression pointer ends a name, and is not followed: what it points to is not needed, and
+    // it may be a circle. Returns where that pointer is; 0: there is none.
+    size_t name(bool may_have_pointer) {
+        const size_t start = at;
+        size_t end = at;
+        for (;;) {
+            require(end - start + 1);
+            const int length = message[end];
+            if (length == 0) break;
+            if (length >= 0xc0 && may_have_pointer) {
+                skip(end - start + 2, "name", Field::NAME);
+                return end;
+            }
+            end += 1 + size_t(length);
+            if (length > 63 || end - start >= longest_name)
+                throw Malformed{"a name or record does not parse"};
+        }
+        skip(end - start + 1, "name", Field::NAME);
+        return 0;
+    }
+
+    void note(Field::Kind kind, const char* label, int type = 0) {
+        if (fields) fields->push_back({kind, label, at, type});
     }
 
     size_t at;
+    const Bytes& message;
 
 private:
     static constexpr size_t longest_name = 255;  // RFC 1035 2.3.4
-    const Bytes& message;
     std::vector<Field>* const fields;
 };
 
 static void read_question(Cursor& in, Layout& layout) {
-    const size_t start = in.at;
     in.name(false);
-    in.note(start, Field::NAME, "name");
-    layout.type = in.number();
-    in.note(in.at - 2, Field::TYPE, "type");
-    in.number();
-    in.note(in.at - 2, Field::CLASS, "class");
+    layout.type = in.number("type", Field::TYPE);
+    in.number("class", Field::CLASS);
     layout.question_end = in.at;
 }
 
-// The options of an OPT record are its data, up to `end`.
-static void read_options(Cursor& in, size_t end) {
-    while (in.at < end) {
-        const size_t start = in.at;
-        if (end - start < option_header_size) throw Malformed{"a malformed OPT"};
-        in.number();  // the code
-        const size_t size = size_t(in.number());
-        if (size > end - in.at) throw Malformed{"a malformed OPT"};
-        in.skip(size);
-        in.note(start, Field::OPTION, "option");
-        in.note(start + 2, Field::NUMBER, "size");
-        in.note(start + option_header_size, Field::DATA, "data");
-    }
-}
-
-// Reads an OPT record from its UDP size on; it began at `start`.
+// Reads an OPT record from its UDP size on. Its fields have other meanings than those of other
+// records: the class is the UDP size, and the TTL is flags. The record began at `start`.
 static void read_opt(Cursor& in, size_t start, int section, Layout& layout) {
+    const Malformed malformed{"a malformed OPT"};
     if (layout.opt) throw Malformed{"more than one OPT"};
+    const bool owner_is_root = in.at - start == 1 + 2;  // a zero, and the type
     layout.opt = start;
-    layout.udp_size = size_t(in.number());
-    in.note(in.at - 2, Field::NUMBER, "UDP size");
-    in.skip(2);  // the upper bits of the rcode, and the version
-    layout.dnssec_ok = in.number() & OPT_FLAG_DO;
-    in.note(in.at - 4, Field::OPT_FLAGS, "TTL");
-    const size_t size = size_t(in.number());
-    in.note(in.at - 2, Field::NUMBER, "size");
+    layout.udp_size = size_t(in.number("UDP size"));
+    const size_t opt_flags_at = in.at + 2;  // behind the upper bits of the rcode, and the version
+    in.skip(4, "TTL", Field::OPT_FLAGS);
+    layout.dnssec_ok = get16(in.message, opt_flags_at) & OPT_FLAG_DO;
+    const size_t size = size_t(in.number("size"));
     const size_t end = in.at + size;
     layout.opt_end = end;
-    const bool owner_is_root = in.at - start == opt_header_size;
     if (section != ADDITIONALS) throw Malformed{"an OPT that is not additional"};
-    if (!owner_is_root) throw Malformed{"a malformed OPT"};
-    Cursor(in).skip(size);  // All of it must be there.
-    read_options(in, end);
+    if (!owner_is_root) throw malformed;
+    in.require(size);
+
+    while (in.at < end) {  // the options
+        if (end - in.at < option_header_size) throw malformed;
+        in.number("option", Field::OPTION);
+        const size_t option_size = size_t(in.number("size"));
+        if (option_size > end - in.at) throw malformed;
+        in.skip(option_size, "data", Field::DATA);
+    }
 }
 
 static void read_record(Cursor& in, int section, Layout& layout) {
     const size_t start = in.at;
     in.name(true);
-    in.note(start, Field::NAME, "name");
-    const int type = in.number();
-    in.note(in.at - 2, Field::TYPE, "type");
+    const int type = in.number("type", Field::TYPE);
     if (type == TYPE_OPT) {
         read_opt(in, start, section, layout);
     } else {
-        in.number();
-        in.note(in.at - 2, Field::CLASS, "class");
-        in.skip(4);
-        in.note(in.at - 4, Field::NUMBER, "TTL");
-        const size_t size = size_t(in.number());
-        in.note(in.at - 2, Field::NUMBER, "size");
-        in.skip(size);
-        in.note(in.at - size, Field::DATA, "data", type);
+        in.number("class", Field::CLASS);
+        in.skip(4, "TTL");
+        const size_t size = size_t(in.number("size"));
+        in.skip(size, "data", Field::DATA, type);
     }
+    // It is signed if its last record is a signature.
     layout.is_signed = section == ADDITIONALS && (type == TYPE_TSIG || type == TYPE_SIG);
 }
+
+// Where the count of a section's records is.
+static size_t count_at(int section) { return questions_at + 2 * size_t(section); }
 
 // One walk over a message serves both ends: what -vv shows is what the proxy acts on. A message
 // that does not parse has fields up to there, and what is wrong with it as the last one.
 static Layout parse_and_note(const Bytes& m, std::vector<Field>* fields) {
-    static const char* const header[] = {"id",      "flags",       "questions",
-                                         "answers", "authorities", "additionals"};
     Layout layout;
     Cursor in(m, 0, fields);
     try {
-        for (const char* label : header) {
-            if (m.size() < in.at + 2) throw Malformed{"shorter than a header"};
-            in.number();
-            in.note(in.at - 2, in.at - 2 == flags_at ? Field::FLAGS : Field::NUMBER, label);
-        }
-        const int questions = get16(m, questions_at);
+        if (m.size() < header_size) throw Malformed{"shorter than a header"};
+        in.number("id");
+        in.number("flags", Field::FLAGS);
+        const int questions = in.number("questions");
+        in.number("answers");
+        in.number("authorities");
+        in.number("additionals");
         for (int i = 0; i < questions; i++) {
             read_question(in, layout);
             layout.end = in.at;
         }
         for (int section : {ANSWERS, AUTHORITIES, ADDITIONALS}) {
-            const int records = get16(m, questions_at + 2 * size_t(section));
+            const int records = get16(m, count_at(section));
             for (int i = 0; i < records; i++) {
                 read_record(in, section, layout);
                 layout.end = in.at;
             }
         }
-        in.note(in.at, Field::DATA, "the rest");  // no section counts it
+        in.note(Field::DATA, "the rest");  // No section counts it.
     } catch (const Malformed& fault) {
         layout.fault = fault.what;
-        in.note(in.at, Field::DATA, fault.what);
+        in.note(Field::DATA, fault.what);
     }
     return layout;
 }
@@ -583,7 +580,15 @@ static std::string data_in_words(const Bytes& m, const Field& field, size_t end)
         case TYPE_PTR:
             return name_in_words(m, field.begin);
     }
-    return std::string(m.begin() + long(field.begin), m.begin() + long(end));  // the text in it
+    // Some data is text. What cannot be printed is replaced by annotate().
+    return std::string(m.begin() + long(field.begin), m.begin() + long(end));
+}
+
+static std::string opt_flags_in_words(unsigned long number) {
+    const unsigned long version = (number >> 16) & 0xff;
+    std::string words = "version " + std::to_string(version);
+    if (number & OPT_FLAG_DO) words += " DO";
+    return words;
 }
 
 // What a field says. It ends at `end`.
@@ -602,7 +607,7 @@ static std::string meaning_of(const Bytes& m, const Field& field, size_t end) {
         case Field::CLASS:
             return class_name(int(number));
         case Field::OPT_FLAGS:
-            return text("version %lu", number >> 16 & 0xff) + (number & OPT_FLAG_DO ? " DO" : "");
+            return opt_flags_in_words(number);
         case Field::OPTION:
             return option_name(int(number));
         case Field::DATA:
@@ -611,11 +616,16 @@ static std::string meaning_of(const Bytes& m, const Field& field, size_t end) {
     return "";
 }
 
+// Whether a field has many octets that are all the same, as padding has.
+static bool is_monotonous(const Bytes& m, size_t begin, size_t end) {
+    if (end - begin <= 16) return false;
+    const auto is_first = [&](uint8_t octet) { return octet == m[begin]; };
+    return std::all_of(m.begin() + long(begin), m.begin() + long(end), is_first);
+}
+
 // The octets of a field in hexadecimal; many of the same as "00 * 84".
 static std::string in_hex(const Bytes& m, size_t begin, size_t end) {
-    const auto is_first = [&](uint8_t octet) { return octet == m[begin]; };
-    const bool are_same = std::all_of(m.begin() + long(begin), m.begin() + long(end), is_first);
-    if (end - begin > 16 && are_same) return text(" %02x * %zu", m[begin], end - begin);
+    if (is_monotonous(m, begin, end)) return text(" %02x * %zu", m[begin], end - begin);
     std::string hex;
     for (size_t i = begin; i < end; i++) hex += text(" %02x", m[i]);
     return hex;
@@ -631,7 +641,7 @@ std::string annotate(const Bytes& m) {
         if (field.begin == m.size()) break;
         const std::string hex = in_hex(m, field.begin, end);
         std::string meaning = meaning_of(m, field, end);
-        if (field.kind == Field::DATA && hex.find('*') != hex.npos) meaning = hex;
+        if (field.kind == Field::DATA && is_monotonous(m, field.begin, end)) meaning = hex;
         for (char& c : meaning)
             if (c < ' ' || c > '~') c = '.';  // Nothing that a terminal would obey.
         lines += text("\n        %-12s %-28.800s", field.label, meaning.c_str()) + hex;
@@ -643,10 +653,10 @@ std::string annotate(const Bytes& m) {
 
 static std::atomic<unsigned> queries_so_far{0};
 
-Query::Query(Bytes octets, bool tcp)
-    : octets(std::move(octets)),
+Query::Query(Bytes from, bool tcp)
+    : octets(std::move(from)),
       tcp(tcp),
-      layout(parse(this->octets)),
+      layout(parse(octets)),
       taken(Clock::now()),
       deadline(taken + milliseconds(settings.timeout)),
       number(++queries_so_far) {}
@@ -667,19 +677,16 @@ void Query::tell(int step, const std::string& what, const Bytes& message) const 
 
 static bool equals_without_case(uint8_t a, uint8_t b) { return tolower(a) == tolower(b); }
 
-// Whether the question asks for resolver.arpa or a name below it.
+// Whether the question asks for resolver.arpa or a name below it: for a name that ends like this.
 static bool asks_for_resolver_arpa(const Query& query) {
-    static const uint8_t wanted[] =
-        "\x08resolver\x04"
-        "arpa";  // the 0 at its end is the root
+    static const Bytes wanted{8, 'r', 'e', 's', 'o', 'l', 'v', 'e', 'r', 4, 'a', 'r', 'p', 'a', 0};
     const Bytes& q = query.octets;
+    if (query.layout.question_end < header_size + wanted.size() + 4) return false;
+    const size_t name_end = query.layout.question_end - 4;  // Type and class follow.
     size_t at = header_size;
-    while (at < query.layout.question_end && q[at] != 0) {
-        const bool fits = at + sizeof wanted + 4 == query.layout.question_end;
-        if (fits && std::equal(wanted, std::end(wanted), &q[at], equals_without_case)) return true;
-        at += 1 + q[at];
-    }
-    return false;
+    while (at + wanted.size() < name_end) at += 1 + q[at];  // from label to label
+    if (at + wanted.size() != name_end) return false;
+    return std::equal(wanted.begin(), wanted.end(), &q[at], equals_without_case);
 }
 
 Verdict judge(const Query& query) {  // [2]
@@ -708,7 +715,7 @@ Verdict judge(const Query& query) {  // [2]
     return {Action::forward, NOERROR, "to be forwarded"};
 }
 
-// The options of the OPT record, as they are written, but those with these codes.
+// The options of the OPT record, as they are written, except those with these codes.
 static Bytes options_without(const Bytes& m, const Layout& layout,
                              std::initializer_list<int> codes) {
     Bytes kept;
@@ -717,7 +724,7 @@ static Bytes options_without(const Bytes& m, const Layout& layout,
     while (at < layout.opt_end) {
         const size_t end = at + option_header_size + size_t(get16(m, at + 2));
         const bool is_unwanted = std::ranges::find(codes, get16(m, at)) != codes.end();
-        if (!is_unwanted) kept.insert(kept.end(), &m[at], &m[0] + end);
+        if (!is_unwanted) kept.insert(kept.end(), m.begin() + long(at), m.begin() + long(end));
         at = end;
     }
     return kept;
@@ -729,26 +736,14 @@ static void append_option(Bytes& options, int code, const Bytes& data) {
     append(options, data);
 }
 
-// How many octets of a record's data come before its names, and how many names there are. RFC 1035
-// lets these be compressed; RFC 3597 4 asks to expect it of a few later types.
-struct NamesInData {
-    size_t before;
-    int names;
-};
-static const std::map<int, NamesInData> names_in_data{
-    {TYPE_NS, {0, 1}},    {TYPE_MD, {0, 1}},    {TYPE_MF, {0, 1}}, {TYPE_CNAME, {0, 1}},
-    {TYPE_SOA, {0, 2}},   {TYPE_MB, {0, 1}},    {TYPE_MG, {0, 1}}, {TYPE_MR, {0, 1}},
-    {TYPE_PTR, {0, 1}},   {TYPE_MINFO, {0, 2}}, {TYPE_MX, {2, 1}}, {TYPE_RP, {0, 2}},
-    {TYPE_AFSDB, {2, 1}}, {TYPE_RT, {2, 1}},    {TYPE_PX, {2, 2}}, {TYPE_SRV, {6, 1}},
-};
-
-// Where the compression pointers in a record's data are. The data begins at `in`.
-static void find_pointers_in_data(Cursor in, size_t end, int type, std::vector<size_t>& pointers) {
-    const auto found = names_in_data.find(type);
-    if (found == names_in_data.end()) return;
+// Where the compression pointers in a record's data are: from `begin` to `end`.
+static void find_pointers_in_data(const Bytes& m, size_t begin, size_t end, int type,
+                                  std::vector<size_t>& pointers) {
+    const TypeRow* row = find_type(type);
+    if (!row || begin + row->names_at > end) return;
+    Cursor in(m, begin + row->names_at);
     try {
-        in.skip(found->second.before);
-        for (int i = 0; i < found->second.names; i++) {
+        for (int i = 0; i < row->names; i++) {
             const size_t pointer = in.name(true);
             if (in.at > end) return;
             if (pointer) pointers.push_back(pointer);
@@ -759,33 +754,36 @@ static void find_pointers_in_data(Cursor in, size_t end, int type, std::vector<s
 }
 
 // Where the compression pointers of a message are: in the names of its records, and in their data.
+// parse() has read the same octets, so nothing is malformed here.
 static std::vector<size_t> find_pointers(const Bytes& m, const Layout& layout) {
     std::vector<size_t> pointers;
     Cursor in(m, layout.question_end);
     while (in.at < layout.end) {
         const size_t pointer = in.name(true);
         if (pointer) pointers.push_back(pointer);
-        const int type = in.number();
-        in.skip(6);  // class and TTL
-        const size_t size = size_t(in.number());
-        find_pointers_in_data(in, in.at + size, type, pointers);
-        in.skip(size);
+        const int type = in.number("type");
+        in.skip(6, "class and TTL");
+        const size_t size = size_t(in.number("size"));
+        find_pointers_in_data(m, in.at, in.at + size, type, pointers);
+        in.skip(size, "data");
     }
     return pointers;
 }
 
 // Puts another record, or nothing, in the place of the OPT record. What comes behind it moves, and
-// pointers to there move with it. Returns nullopt if a pointer cannot.
+// pointers to there must move with it. Returns nullopt if one cannot.
 static std::optional<Bytes> replace_opt(Bytes m, const Layout& layout, const Bytes& record) {
-    if (layout.opt_end < m.size()) {
-        const size_t moved = layout.opt + record.size();
-        for (size_t pointer : find_pointers(m, layout)) {
-            const size_t target = size_t(get16(m, pointer) & 0x3fff);
-            if (target < layout.opt) continue;
-            const size_t new_target = target - layout.opt_end + moved;
-            if (target < layout.opt_end || new_target > 0x3fff) return std::nullopt;
-            put16(m, pointer, 0xc000 | new_target);
-        }
+    constexpr size_t farthest = 0x3fff;  // that a pointer can point
+    const size_t new_end = layout.opt + record.size();
+    std::vector<size_t> pointers;
+    if (layout.opt_end < m.size()) pointers = find_pointers(m, layout);
+    for (size_t pointer : pointers) {
+        const size_t target = size_t(get16(m, pointer)) & farthest;
+        if (target < layout.opt) continue;                 // What comes before stays.
+        if (target < layout.opt_end) return std::nullopt;  // It points into the OPT record.
+        const size_t new_target = target - layout.opt_end + new_end;
+        if (new_target > farthest) return std::nullopt;
+        put16(m, pointer, 0xc000 | new_target);
     }
     m.erase(m.begin() + long(layout.opt), m.begin() + long(layout.opt_end));
     m.insert(m.begin() + long(layout.opt), record.begin(), record.end());
@@ -824,9 +822,11 @@ Bytes pad(const Query& query) {  // [3]
     // would find an OPT record.
     if (layout.is_signed || layout.end != q.size()) return q;
 
+    // The size without padding: the query, its OPT record written anew, an empty padding option.
     Bytes options = options_without(q, layout, {OPTION_PADDING});  // without the client's own
-    const size_t rest = q.size() - (layout.opt_end - layout.opt);
-    const size_t size = rest + opt_header_size + options.size() + option_header_size;
+    size_t size = q.size() - (layout.opt_end - layout.opt);
+    size += opt_header_size + options.size();
+    size += option_header_size;
     const size_t padding = (128 - size % 128) % 128;  // RFC 8467 4.1
     if (size + padding > longest_message) return q;
     append_option(options, OPTION_PADDING, Bytes(padding));  // RFC 8467 3: the last one
@@ -844,13 +844,13 @@ Bytes frame(const Bytes& message) {  // [5]
     return framed;
 }
 
-// Whether an answer without a question can be believed. Some servers cannot repeat a question that
-// they did not read, and an UPDATE needs none: what matters is that no record is claimed.
+// Whether an answer without a question can be believed: an error, as a server that could not read
+// the question cannot repeat it; or one without records, as to an UPDATE, which claims nothing.
 static bool needs_no_question(const Bytes& answer, const Layout& layout) {
     if ((get16(answer, flags_at) & FLAGS_RCODE) != NOERROR) return true;
     int records = 0;
     for (int section : {ANSWERS, AUTHORITIES, ADDITIONALS})
-        records += get16(answer, questions_at + 2 * size_t(section));
+        records += get16(answer, count_at(section));
     if (layout.opt) records--;
     return records == 0;
 }
@@ -871,27 +871,31 @@ bool matches(const Query& query, const Bytes& a, const Layout& layout) {  // [7]
     if (end != query.layout.question_end) return false;
     if (questions == 0) return true;
 
-    // Names are compared without case (RFC 1035 2.3.3), the type and class behind them with it. The
-    // length of a label is no letter.
+    // The names are compared without case (RFC 1035 2.3.3); the type and class behind them exactly.
+    // Lengths of labels are less than 64, so they are no letters.
     const size_t type_at = end - 4;
-    return std::equal(&a[header_size], &a[type_at], &q[header_size], equals_without_case) &&
-           std::equal(&a[type_at], &a[0] + end, &q[type_at]);
+    const bool is_same_name = std::equal(q.begin() + header_size, q.begin() + long(type_at),
+                                         a.begin() + header_size, equals_without_case);
+    const bool is_same_type =
+        std::equal(q.begin() + long(type_at), q.begin() + long(end), a.begin() + long(type_at));
+    return is_same_name && is_same_type;
 }
 
 std::optional<Bytes> unpad(const Query& query, const Bytes& answer, const Layout& layout) {  // [7]
     if (layout.is_signed) return answer;
     Bytes a = answer;
-    // The client gets its own spelling of the name, as some check.
+    // The client gets its own spelling of the name, as some clients compare it.
     const size_t question_end = query.layout.question_end;
     if (layout.question_end == question_end)
-        std::copy(&query.octets[0] + header_size, &query.octets[0] + question_end,
-                  &a[0] + header_size);
+        std::copy(query.octets.begin() + header_size, query.octets.begin() + long(question_end),
+                  a.begin() + header_size);
     if (!layout.opt) return a;
-    if (query.layout.opt)
-        return replace_options(a, layout,
-                               options_without(a, layout, {OPTION_PADDING, OPTION_KEEPALIVE}));
+    if (query.layout.opt) {
+        const Bytes options = options_without(a, layout, {OPTION_PADDING, OPTION_KEEPALIVE});
+        return replace_options(a, layout, options);
+    }
 
-    // The lower four bits of an extended rcode are another rcode.
+    // The lower four bits of an extended rcode alone are another rcode.
     if (a[layout.opt + opt_rcode_at] != 0) return std::nullopt;
     put16(a, additionals_at, size_t(get16(a, additionals_at)) - 1);
     return replace_opt(a, layout, {});
@@ -903,8 +907,7 @@ static Bytes head_of(const Bytes& m, const Layout& layout) {
     const bool has_question = get16(m, questions_at) == 1 && layout.question_end > header_size;
     Bytes head(m.begin(), m.begin() + long(has_question ? layout.question_end : header_size));
     put16(head, questions_at, has_question ? 1 : 0);
-    for (int section : {ANSWERS, AUTHORITIES, ADDITIONALS})
-        put16(head, questions_at + 2 * size_t(section), 0);
+    for (int section : {ANSWERS, AUTHORITIES, ADDITIONALS}) put16(head, count_at(section), 0);
     return head;
 }
 
@@ -917,22 +920,23 @@ Bytes cut(const Query& query, Bytes answer, size_t most_udp) {  // [8]
     Bytes head = head_of(answer, layout);
     put16(head, flags_at, size_t(get16(head, flags_at) | FLAG_TC));
     if (!query.layout.opt) return head;  // RFC 6891 7: a client with EDNS gets an OPT record
-    const Bytes options = options_without(answer, layout, {});
-    const bool fits = head.size() + opt_header_size + options.size() <= limit;
-    return append_opt(head, query.layout.dnssec_ok, fits ? options : Bytes{});  // RFC 8914 3
+    Bytes options = options_without(answer, layout, {});
+    const bool is_too_long = head.size() + opt_header_size + options.size() > limit;
+    if (is_too_long) options.clear();  // RFC 8914 3: an error's text may be left out
+    return append_opt(head, query.layout.dnssec_ok, options);
 }
 
 static Bytes reply_with(const Query& query, int flags, const Bytes& options) {
     Bytes message = head_of(query.octets, query.layout);
-    const int asked = get16(query.octets, flags_at);
-    put16(message, flags_at, size_t(FLAG_QR | (asked & (FLAGS_OPCODE | FLAG_RD)) | flags));
+    const int repeated = get16(query.octets, flags_at) & (FLAGS_OPCODE | FLAG_RD);
+    put16(message, flags_at, size_t(FLAG_QR | repeated | flags));
     if (!query.layout.opt) return message;
     return append_opt(message, query.layout.dnssec_ok, options);
 }
 
 Bytes reply(const Query& query, Rcode rcode, int ede) {  // [8]
     int flags = rcode;
-    // These two are as a resolver would set them.
+    // These two answers look like a resolver's: with RA, and with the client's CD.
     if (rcode == SERVFAIL || rcode == NOERROR)
         flags |= FLAG_RA | (get16(query.octets, flags_at) & FLAG_CD);
     Bytes options;
@@ -967,11 +971,14 @@ bool may_ask(const Address& client) {
            std::ranges::none_of(settings.deny, has_client);
 }
 
-std::string host_of(const Address& client) { return client.bits().substr(0, 1 + 64); }
+std::string host_of(const Address& client) {
+    return client.bits().substr(0, 1 + 64);  // An IPv4 address has only 32 bits: all of them.
+}
 
+// With --rate 10 a host has a bucket of ten queries, which is refilled by one each 100 ms. All
+// there is to remember is when the bucket will be full: each query puts that off by 100 ms, and if
+// it is more than a second away the bucket is empty.
 bool over_rate(const Address& client, bool tcp) {
-    // A bucket of one second's worth for each host. It is refilled as time goes by, so all there is
-    // to remember is when it will be full again.
     static std::mutex mutex;  // guards `full_at`
     static std::map<std::string, Time> full_at;
     if (settings.rate == 0) return false;
@@ -980,12 +987,12 @@ bool over_rate(const Address& client, bool tcp) {
     const Time now = Clock::now();
 
     Lock lock(mutex);
-    // If everybody asks, all may ask a little more, rather than one be locked out.
+    // A flood from everywhere must not fill the memory. To forget all hosts locks nobody out.
     if (full_at.size() == 16384) full_at.clear();
     Time& full = full_at[host];
-    const Time then = std::max(full, now) + one_query;
-    if (then > now + seconds(1)) return true;
-    full = then;
+    const Time full_after_this = std::max(full, now) + one_query;
+    if (full_after_this > now + seconds(1)) return true;
+    full = full_after_this;
     return false;
 }
 
@@ -997,25 +1004,74 @@ bool guard(const std::function<void()>& work) {
         return true;
     } catch (const std::exception& e) {
         dprintf(STDOUT_FILENO, "FAILURE thread: %s\n", e.what());
+    } catch (...) {
+        dprintf(STDOUT_FILENO, "FAILURE thread\n");
+    }
+    return false;
+}
+
+bool detach(const std::function<void()>& work) {
+    try {
+        std::thread(guard, work).detach();
+        return true;
+    } catch (const std::exception& e) {
+        dprintf(STDOUT_FILENO, "FAILURE thread: %s\n", e.what());
         return false;
     }
 }
 
-bool detach(std::function<void()> work) {
-    return guard([&] { std::thread([work = std::move(work)] { guard(work); }).detach(); });
+Permit::~Permit() {
+    if (of) of->give_back();
+}
+
+std::shared_ptr<Permit> Permits::take() {
+    const auto permit = std::make_shared<Permit>();
+    Lock lock(mutex);
+    if (taken >= most) return nullptr;
+    taken++;
+    permit->of = this;
+    return permit;
+}
+
+std::shared_ptr<Permit> Permits::wait() {
+    const auto permit = std::make_shared<Permit>();
+    std::unique_lock<std::mutex> lock(mutex);
+    while (taken >= most) given_back.wait(lock);
+    taken++;
+    permit->of = this;
+    return permit;
+}
+
+void Permits::give_back() {
+    Lock lock(mutex);
+    taken--;
+    given_back.notify_one();
+}
+
+size_t Permits::in_use() {
+    Lock lock(mutex);
+    return taken;
+}
+
+void Permits::set_most(size_t number) {
+    Lock lock(mutex);
+    most = number;
 }
 
 // ---- Upstreams ---------------------------------------------------------------------------------
-// What is known of a resolver's address: how it is, its tickets, its ready connections. Each class
-// here has a lock of its own. No lock is held across a call that can wait: no OpenSSL, no close(2)
-// and no output.
+// What is known of a resolver's address: whether it is well, its tickets, its ready connections.
+// Each class here has a lock of its own. A lock is held for a few instructions, and never across a
+// call that can wait or loop: no handshake, no read(2), no close(2), no output.
+//
+// Where connections or tickets are dropped, they are moved out under the lock and destroyed after
+// it.
 
 class Connection;
 
 // How long something usually takes: an average that a few slow ones do not spoil.
 class UsualTime {
 public:
-    // Of what is slower, one part in `inertia` is believed; of what is faster, one in eight.
+    // A slower one moves the average by 1/inertia of the difference, a faster one by 1/8.
     explicit UsualTime(int inertia) : inertia(inertia) {}
 
     void add(Duration took) {
@@ -1025,7 +1081,9 @@ public:
         } else if (took < usual) {
             usual -= (usual - took) / 8;
         } else {
-            usual += std::min(took - usual, usual) / inertia;
+            const Duration more =
+                std::min(took - usual, usual);  // It counts twice the usual at most.
+            usual += more / inertia;
         }
     }
 
@@ -1079,33 +1137,31 @@ private:
 // query asks it all the same, to see whether it is back.
 class Health {
 public:
+    explicit Health(std::string address) : address(std::move(address)) {}
+
     bool is_well() {
         Lock lock(mutex);
         return Clock::now() >= rests_until;
     }
 
-    // A query is about to ask it, as it is well or its rest is over. Returns false if another query
-    // is finding out just now whether it is back.
-    bool claim() {
+    // Called before a query asks it. Returns false if another query is just trying whether it is
+    // back: that one is enough. If nobody is well, it may be tried ten times a second.
+    bool claim(bool is_anybody_well) {
         Lock lock(mutex);
         const Time now = Clock::now();
-        if (faults == 0) return true;
-        if (now < rests_until) return false;
-        begin_rest(now);
-        return true;
-    }
-
-    // The same for one that rests, when nobody else can be asked: one query in 100 ms may.
-    bool claim_at_rest() {
-        Lock lock(mutex);
-        const Time now = Clock::now();
-        if (now < asked_at + milliseconds(100)) return false;
+        if (faults == 0 && now >= rests_until) return true;
+        const bool is_due =
+            is_anybody_well ? now >= rests_until : now >= asked_at + milliseconds(100);
+        if (!is_due) return false;
+        // This try counts as failed in advance, which keeps others off. If it succeeds, recover()
+        // takes that back.
+        if (now >= rests_until) begin_rest(now);
         asked_at = now;
         return true;
     }
 
     // It has proved who it is.
-    void verified(const std::string& address) {
+    void verified() {
         bool is_back = false;
         {
             Lock lock(mutex);
@@ -1115,7 +1171,8 @@ public:
         if (is_back) say("UPSTREAM " + address + " answers again");
     }
 
-    void answered(const std::string& address) {
+    // It has answered a query.
+    void answered() {
         bool is_back = false;
         {
             Lock lock(mutex);
@@ -1128,32 +1185,29 @@ public:
 
     // It could not be reached, or could not prove who it is, or answers nobody.
     void at_fault(const std::string& why) {
+        bool is_first = false;
         {
             Lock lock(mutex);
             const Time now = Clock::now();
-            if (faults > 0 && now < rests_until) return;
-            const bool is_told = faults > 0;
+            const bool is_resting = faults > 0 && now < rests_until;
+            if (is_resting) return;
+            is_first = faults == 0;
             begin_rest(now);
-            if (is_told) return;
         }
-        say("UPSTREAM " + why + ": asked last until it answers");
+        if (is_first) say("UPSTREAM " + address + " " + why + ": asked last until it answers");
     }
 
-    // A try that began at that time is late. That is the upstream's fault only if nobody else hears
-    // from it either, for three such tries: else a client could make it rest by asking for names
-    // that take long. A handshake is something that was heard, too, but only for half a second.
-    // `is_news`: this try was not late before.
+    // A try that began at that time is late. A client could make it so by asking for a name that
+    // takes long, so this alone is no fault: see is_to_blame(). `is_news`: it was not reported
+    // before.
     void late(Time begun, bool is_news, const std::string& why) {
         {
             Lock lock(mutex);
             if (last_answer >= begun) return;
             if (lates == 0) first_late = begun;
             if (is_news) lates++;
-            const bool is_silent = last_handshake < first_late;
-            const bool is_over = Clock::now() >= first_late + milliseconds(500);
-            if (lates < 3) return;
-            if (!is_silent && !is_over) return;
-            is_deaf = !is_silent;
+            if (!is_to_blame()) return;
+            is_deaf = last_handshake >= first_late;
         }
         at_fault(why);
     }
@@ -1165,9 +1219,20 @@ public:
     }
 
 private:
+    // Three tries are late, and since the first of them nobody had an answer. If nobody had a
+    // handshake either, it is gone. If somebody had, it may be that these names take long; but not
+    // half a second.
+    bool is_to_blame() const {
+        if (lates < 3) return false;
+        const bool is_silent = last_handshake < first_late;
+        const bool had_time = Clock::now() >= first_late + milliseconds(500);
+        return is_silent || had_time;
+    }
+
     // RFC 9520 3.2: a failure is remembered for a second at least, and for five minutes at most.
     void begin_rest(Time now) {
-        rests_until = now + std::min(seconds(300), seconds(1 << std::min(faults, 9)));
+        const seconds rest(1 << std::min(faults, 9));
+        rests_until = now + std::min(rest, seconds(300));
         asked_at = now;
         faults++;
     }
@@ -1180,41 +1245,31 @@ private:
         return was_at_fault;
     }
 
+    const std::string address;
     std::mutex mutex;      // guards what follows
-    int faults = 0;        // since it answered last
+    int faults = 0;        // rests, one after the other
+    Time rests_until{};    // in the past: it is well
+    Time asked_at{};       // when it was asked last although it is at fault
     int lates = 0;         // tries that were late, since it answered last
-    bool is_deaf = false;  // it shakes hands but answers nobody
     Time first_late{};     // when the first of these tries began
+    bool is_deaf = false;  // it shakes hands and answers nobody, so only an answer ends its rest
     Time last_handshake{};
     Time last_answer{};
-    Time rests_until{};
-    Time asked_at{};  // while it rests
 };
 
-// The ready connections of an upstream, oldest first. They are used in this order: the tickets of
-// an old one have come and were acknowledged, while those of a new one would hold its answer up.
+// The ready connections of an upstream, oldest first, and used in this order. After a handshake the
+// resolver sends tickets, and may hold back (Nagle's algorithm) what follows until they are
+// acknowledged. With an old connection that is over.
 //
 // The stock is as large as the resolver likes. What it likes shows in how long a handshake takes:
-// if the usual time of one grows to three times the best one, the resolver is overloaded, and the
-// stock is halved. It grows again as its connections are used.
+// if that grows to three times the best, the resolver is overloaded, and the stock is halved. It
+// grows again as its connections are used.
 class Stock {
 public:
-    explicit Stock(size_t most) : most(most), room(most) {}
+    explicit Stock(size_t most) : most(most), room(most), places(most) {}
 
-    // A place in the stock for a connection that will be opened; nullptr: there is no room. It is
-    // given back when its owner lets go of it.
-    using Place = std::shared_ptr<void>;
-    Place reserve() {
-        {
-            Lock lock(mutex);
-            if (places >= room) return nullptr;
-            places++;
-        }
-        return Place(this, [this](void*) {
-            Lock lock(mutex);
-            places--;
-        });
-    }
+    // A place for a connection that will be opened; nullptr: there is no room.
+    std::shared_ptr<Permit> reserve() { return places.take(); }
 
     void park(std::shared_ptr<Connection> connection) {
         Lock lock(mutex);
@@ -1225,14 +1280,12 @@ public:
     void drop_dead();
     void drop_older_than(Time time);
 
-    size_t size() {  // with those that are being opened
-        Lock lock(mutex);
-        return places;
-    }
+    size_t size() { return places.in_use(); }  // with those that are being opened
 
-    bool is_low() {  // More are being opened than wait.
+    bool is_low() {
         Lock lock(mutex);
-        return parked.size() < places - parked.size();
+        const size_t being_opened = places.in_use() - parked.size();
+        return parked.size() < being_opened;
     }
 
     bool may_be_renewed() {
@@ -1240,15 +1293,21 @@ public:
         return Clock::now() >= renew_at;
     }
 
-    // A ready connection has brought an answer.
+    bool was_used_since(Time time) {
+        Lock lock(mutex);
+        return last_use >= time;
+    }
+
+    // A ready connection has brought an answer. After as many as there is room for, the room grows.
     void used() {
         Lock lock(mutex);
-        deaths = 0;
+        last_use = Clock::now();
         renew_at = {};
+        deaths = 0;
         uses++;
         if (uses < room || room >= most) return;
-        room++;
         uses = 0;
+        set_room(room + 1);
     }
 
     // A handshake took so long.
@@ -1256,34 +1315,45 @@ public:
         usual_dial.add(took);
         const Duration usual = usual_dial.get();
         Lock lock(mutex);
+        // The best fades slowly, so that after a change of routes another can be the best.
         best_dial = std::min(took, best_dial + best_dial / 256);
         if (usual >= 3 * best_dial + milliseconds(5)) halve(usual);
     }
 
     // The resolver has refused a connection while it served others.
     void refused() {
+        const Duration usual = usual_dial.get();
         Lock lock(mutex);
-        halve(usual_dial.get());
+        halve(usual);
     }
 
-    // A ready connection was closed before it was used, at that age. Soon means that the resolver
-    // does not want it: the next one waits for a second, then two, and at most a minute.
+    // A ready connection was closed at that age, before it was used. If that is soon, the resolver
+    // does not want it, and the next one waits: for a second, then two, at most a minute.
     void died(Duration age) {
         Lock lock(mutex);
         if (age >= seconds(5)) return;
         halve(seconds(1));
-        renew_at = Clock::now() + std::min(seconds(60), seconds(1 << std::min(deaths, 6)));
+        const seconds pause(1 << std::min(deaths, 6));
+        renew_at = Clock::now() + std::min(pause, seconds(60));
         deaths++;
     }
 
 private:
-    // Halves the room, once in the time that it takes until this shows.
+    // Halves the stock, but only once in that time: until then the effect does not show.
     void halve(Duration once_in) {
         const Time now = Clock::now();
         if (now < halved_at + once_in) return;
         halved_at = now;
-        room = std::max<size_t>(std::min(room, places) / 2, std::min<size_t>(most, 1));
+        const size_t half = std::min(room, places.in_use()) / 2;
+        const size_t least = most > 0 ? 1 : 0;
+        set_room(std::max(half, least));
     }
+
+    void set_room(size_t number) {
+        room = number;
+        places.set_most(number);
+    }
+
     std::shared_ptr<Connection> pop_oldest();
     bool is_fit(Connection& connection);
 
@@ -1291,25 +1361,26 @@ private:
     UsualTime usual_dial{8};
     std::mutex mutex;                                // guards what follows
     std::deque<std::shared_ptr<Connection>> parked;  // the oldest first
-    size_t room;                                     // for so many
-    size_t places = 0;                               // parked or being opened
-    size_t uses = 0;                                 // since the room grew
-    int deaths = 0;                                  // soon and unused, one after the other
+    size_t room;                                     // for so many, parked or being opened
+    Permits places;
+    size_t uses = 0;  // since the room grew last
+    int deaths = 0;   // soon and unused, one after the other
     Duration best_dial = seconds(10);
+    Time last_use{};
     Time halved_at{};
     Time renew_at{};
 };
 
 struct Upstream : Peer {
     Upstream(const Peer& peer, size_t number)
-        : Peer(peer), number(number), stock(size_t(settings.ready)) {}
+        : Peer(peer), number(number), health(address.str()), stock(size_t(settings.ready)) {}
 
     const size_t number;  // its place in the user's order
     Health health;
     Tickets tickets;
     Stock stock;
     UsualTime usual_answer{64};  // from a query that was sent to its answer
-    std::atomic<int> open{0};    // verified connections
+    Permits open{SIZE_MAX};      // verified connections
     std::atomic<int> group{0};   // of the last key exchange, as an OpenSSL NID; 0: none yet
 };
 
@@ -1319,7 +1390,8 @@ static SSL_CTX* tls;
 
 // ---- A transaction -----------------------------------------------------------------------------
 
-// How a try to ask an upstream came to nothing. Thrown by a connection, caught by carry().
+// How a try to ask an upstream came to nothing. Thrown by a connection; caught by carry(), and by
+// open_ahead().
 struct Failure {
     enum Cause {
         OVERTAKEN,  // another try has brought the answer
@@ -1328,7 +1400,7 @@ struct Failure {
         CLOSED,     // the other end refused, reset or closed the connection
         FAULT,      // the other end could not prove who it is, or broke a protocol
     };
-    enum Stage { STARTED, CONNECTED, VERIFIED, ASKED };  // how far the try had got
+    enum Stage { NOWHERE, STARTED, CONNECTED, VERIFIED, ASKED };  // how far the try had got
     Cause cause;
     Stage stage;
     std::string why;
@@ -1341,17 +1413,15 @@ static std::atomic<bool> somebody_answered{false};
 // SERVFAIL. So every query that was taken has one answer, whatever happens.
 class Transaction : public std::enable_shared_from_this<Transaction> {
 public:
-    Transaction(std::shared_ptr<const Query> query, std::function<void(const Outcome&)> finish)
-        : query(*query),
-          is_repeatable(((get16(query->octets, flags_at) & FLAGS_OPCODE) >> 11) == OPCODE_QUERY),
-          owner(std::move(query)),
+    Transaction(std::shared_ptr<const Query> asked, std::function<void(const Outcome&)> finish)
+        : query_owner(std::move(asked)),
+          query(*query_owner),
+          is_repeatable((get16(query.octets, flags_at) & FLAGS_OPCODE) == OPCODE_QUERY << 11),
           finish(std::move(finish)),
           tries(upstreams.size()) {}
 
     ~Transaction() {
-        guard([&] {
-            if (answer({reply(query, SERVFAIL, EDE_NETWORK_ERROR), false, reason})) give_advice();
-        });
+        guard([this] { fail(); });
     }
 
     // [8] Returns false if there was an answer before.
@@ -1361,9 +1431,10 @@ public:
             outcome.answer = cut(query, std::move(outcome.answer), size_t(settings.max_udp));
             finish(outcome);
         } catch (...) {
-            was_answered = false;  // Nothing was sent: the destructor will try again.
+            was_answered = false;  // Nothing was sent. If no other try does better, fail() will.
             throw;
         }
+        finish = nullptr;  // It holds the way to the client, who may want to be gone.
         return true;
     }
 
@@ -1371,25 +1442,24 @@ public:
 
     // Which upstream to ask next; nullptr: none. Each may be asked three times for one query (RFC
     // 9520 3.1), and none a second time before every other that is well was asked. After a failure
-    // an upstream is left alone for 50 ms, then 100. Waits if somebody may be asked later.
+    // an upstream is left alone for 50 ms, then 100 and so on. Waits if somebody may be asked
+    // later.
     Upstream* next_upstream() {
         for (;;) {
             if (was_answered || Clock::now() >= query.deadline) return nullptr;
-            bool may_wait = false;
-            Upstream* const next = choose(may_wait);
-            if (next || !may_wait) return next;
+            Upstream* const chosen = choose();
+            if (chosen || !has_anybody_left()) return chosen;
             std::this_thread::sleep_for(milliseconds(20));
         }
     }
 
-    // Whether this try may take a ready connection. Another one cures a lost packet, so the second
-    // try may take one as well. The third differs from what failed: it dials.
+    // Two tries may take a ready connection, as the second one cures a lost packet. Then the
+    // upstream is dialled: perhaps all ready connections are dead. A query upon which a connection
+    // was closed gets a new one, too, and so does one that may be sent only once.
     bool may_use_ready(const Upstream& upstream) {
         Lock lock(mutex);
-        Tries& one = tries[upstream.number];
-        // What may be sent only once goes over a connection that is alive for certain.
-        if (!is_repeatable || was_closed > 0) return false;
-        return one.ready < most_ready;
+        if (!is_repeatable || closed_upon > 0) return false;
+        return tries[upstream.number].ready < most_ready;
     }
 
     void uses_ready(const Upstream& upstream) {
@@ -1403,66 +1473,70 @@ public:
     }
 
     void will_be_sent() { was_sent = true; }
-    bool was_closed_upon() const { return was_closed > 0; }
+    bool was_closed_upon() const { return closed_upon > 0; }
 
-    // A try has failed. `costs_a_try`: the upstream was asked. `is_end`: it met the query by
-    // closing a connection that nobody had used before.
-    void failed(const Upstream& upstream, const Failure& failure, bool costs_a_try, bool is_end) {
+    // A try has failed. `is_try`: it counts as one of three. `is_refusal`: the upstream may have
+    // closed the connection because of the query.
+    void failed(const Upstream& upstream, const Failure& failure, bool is_try, bool is_refusal) {
         Lock lock(mutex);
         Tries& one = tries[upstream.number];
-        if (!costs_a_try) one.asked--;
-        if (is_end) was_closed++;
+        if (!is_try) one.asked--;
+        if (is_refusal) closed_upon++;
         one.not_before = Clock::now() + one.pause;
         one.pause = std::min<Duration>(2 * one.pause, milliseconds(400));
-        // The reason that the client's line tells is that of the try which got furthest.
-        const int rank = failure.cause == Failure::LOCAL ? -1 : failure.stage;
-        if (rank < furthest) return;
-        furthest = rank;
+        // The client's line tells the reason of the try that got furthest.
+        if (failure.stage < furthest) return;
+        furthest = failure.stage;
         reason = upstream.address.str() + " " + failure.why;
     }
-
-    const Query& query;
-    const bool is_repeatable;  // It may be sent twice: UPDATE, for example, may not.
 
 private:
     static constexpr int most_ready = 2;
 
     struct Tries {
-        int asked = 0;  // so often, for this query
+        int asked = 0;  // so often for this query
         int ready = 0;  // over so many ready connections
         Time not_before{};
         Duration pause = milliseconds(50);
     };
 
-    bool may_ask(const Upstream& upstream) const {
+    bool may_be_asked(const Upstream& upstream) const {
         if (was_sent && !is_repeatable) return false;
-        // A query that was met twice by the end of a connection is what they refuse to answer.
-        const int most = was_closed >= 2 ? 1 : 3;
+        // If two connections were closed upon this query, it is what they refuse to answer: nobody
+        // is asked a second time.
+        const int most = closed_upon >= 2 ? 1 : 3;
         return tries[upstream.number].asked < most;
     }
 
-    // The first, in the user's order, of those that were asked least; of those that rest only if no
-    // other may be asked.
-    Upstream* choose(bool& may_wait) {
+    bool has_anybody_left() {
         Lock lock(mutex);
-        const Time now = Clock::now();
-        Upstream* well = nullptr;
-        Upstream* at_rest = nullptr;
-        bool is_one_well = false;
+        return std::ranges::any_of(upstreams, [&](auto& one) { return may_be_asked(*one); });
+    }
+
+    // Of the upstreams that are well, the first in the user's order that was asked least; if none
+    // is well, of those that rest.
+    Upstream* choose() {
+        Lock lock(mutex);
+        bool is_anybody_well = false;
+        for (const auto& upstream : upstreams)
+            if (may_be_asked(*upstream) && upstream->health.is_well()) is_anybody_well = true;
+
+        Upstream* best = nullptr;
         for (const auto& upstream : upstreams) {
-            if (!may_ask(*upstream)) continue;
-            may_wait = true;
-            const bool is_well = upstream->health.is_well();
-            is_one_well = is_one_well || is_well;
             const Tries& one = tries[upstream->number];
-            if (now < one.not_before) continue;
-            Upstream*& best = is_well ? well : at_rest;
+            if (!may_be_asked(*upstream) || Clock::now() < one.not_before) continue;
+            if (is_anybody_well && !upstream->health.is_well()) continue;
             if (!best || one.asked < tries[best->number].asked) best = upstream.get();
         }
-        if (well && !well->health.claim()) well = nullptr;
-        if (!well && !is_one_well && at_rest && at_rest->health.claim_at_rest()) well = at_rest;
-        if (well) tries[well->number].asked++;
-        return well;
+        if (!best || !best->health.claim(is_anybody_well)) return nullptr;
+        tries[best->number].asked++;
+        return best;
+    }
+
+    void fail() {
+        const Bytes servfail = reply(query, SERVFAIL, EDE_NETWORK_ERROR);
+        const bool is_the_answer = answer({servfail, false, reason});
+        if (is_the_answer) give_advice();
     }
 
     void give_advice() {
@@ -1474,22 +1548,30 @@ private:
             "answer on port 443 as well: --upstream ADDR@443#NAME");
     }
 
-    const std::shared_ptr<const Query> owner;
-    const std::function<void(const Outcome&)> finish;
+    const std::shared_ptr<const Query> query_owner;
+
+public:
+    const Query& query;
+    const bool is_repeatable;  // It may be sent twice: an UPDATE, for example, may not.
+
+private:
+    std::function<void(const Outcome&)> finish;
     std::atomic<bool> was_answered{false};
     std::atomic<bool> was_sent{false};
-    std::atomic<int> was_closed{0};
-    std::mutex mutex;          // guards what follows
-    std::vector<Tries> tries;  // one for each upstream
+    std::atomic<int> closed_upon{0};  // so many connections, perhaps because of this query
+    std::mutex mutex;                 // guards what follows
+    std::vector<Tries> tries;         // one for each upstream
+    Failure::Stage furthest = Failure::NOWHERE;
     std::string reason = "nobody could be asked in time";
-    int furthest = -1;
 };
 
-// A try is late: the race. Returns true if it need not call again.
-static bool join(Transaction& transaction, Upstream& upstream);
+// A try is late. Has another thread carry the transaction to the next upstream as well. Returns
+// false if that may not be now: then the caller asks again after a while.
+static bool start_race(Transaction& transaction, Upstream& upstream);
 
 // ---- TLS ---------------------------------------------------------------------------------------
-// Every setting that decides whom the proxy trusts is in prepare() and in Connection::set_up_tls().
+// Every setting that decides whom the proxy trusts is in prepare() and in Connection::set_name()
+// and set_pins().
 
 // Called by OpenSSL with each new ticket. Returns 0: nothing of the original is kept.
 static int on_ticket(SSL* ssl, SSL_SESSION* session) {
@@ -1526,9 +1608,9 @@ static bool has_system_certificates() {
     if (sk_X509_OBJECT_num(found) > 0) return true;  // those of the file
     const char* directory = getenv(X509_get_default_cert_dir_env());
     if (!directory) directory = X509_get_default_cert_dir();
-    std::error_code ignored;
-    return std::filesystem::directory_iterator(directory, ignored) !=
-           std::filesystem::directory_iterator();
+    std::error_code error;
+    const bool is_empty = std::filesystem::is_empty(directory, error);
+    return !is_empty && !error;
 }
 
 static void load_certificates() {
@@ -1558,11 +1640,13 @@ void prepare() {
         SSL_CTX_get0_param(tls),
         X509_CHECK_FLAG_NEVER_CHECK_SUBJECT | X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS);
     SSL_CTX_set_max_cert_list(tls, 32 * 1024);  // octets
-    SSL_CTX_set_alpn_protos(tls, reinterpret_cast<const uint8_t*>("\3dot"), 4);
+    const uint8_t alpn[] = {3, 'd', 'o', 't'};  // its length, then the name
+    SSL_CTX_set_alpn_protos(tls, alpn, sizeof alpn);
     SSL_CTX_set_session_cache_mode(tls, SSL_SESS_CACHE_CLIENT | SSL_SESS_CACHE_NO_INTERNAL);
     SSL_CTX_sess_set_new_cb(tls, on_ticket);
     SSL_CTX_dane_enable(tls);        // OpenSSL's way to compare keys with pins
     SSL_CTX_set_read_ahead(tls, 1);  // one read(2) for a record's header and what is in it
+    // A connection that is used once need not keep its buffers while it waits.
     if (!settings.reuse) SSL_CTX_set_mode(tls, SSL_MODE_RELEASE_BUFFERS);
     load_certificates();
     if (!settings.keylog.empty()) log_keys();
@@ -1571,33 +1655,32 @@ void prepare() {
 // [4] to [6] A TCP and TLS connection, used by one thread at a time. Its socket blocks: each
 // function returns when it is done, or throws a Failure.
 //
-// A blocking call must not outlive the deadline, even if the other end sends an octet now and then,
-// or tickets without end. OpenSSL calls before_io() before each read(2) and write(2). There the
-// time that is left becomes the time limit of the socket; if none is left, the call fails.
+// A blocking call must not outlive the deadline, not even if the other end sends an octet now and
+// then, or tickets without end. OpenSSL calls on_io() before each read(2) and write(2). There the
+// time that is left until `wake_at` becomes the time limit of the socket; if none is left, the call
+// fails. persist() then looks at the time, and calls again or throws.
 class Connection {
 public:
     Connection(Upstream& upstream, Time deadline)
         : upstream(upstream), deadline(deadline), ssl(SSL_new(tls), SSL_free) {}
 
     ~Connection() {
-        deadline = Clock::now() + milliseconds(5);
-        wake_at = deadline;
-        // RFC 8446 6.1: otherwise the other end could not tell this from an attacker's cut.
-        if (is_verified && !has_failed) {
-            SSL_shutdown(ssl.get());
-            upstream.open--;
-        }
+        // RFC 8446 6.1: otherwise the other end could not tell this from an attacker's cut. It must
+        // not take long.
+        wake_at = Clock::now() + milliseconds(5);
+        if (stage >= Failure::VERIFIED && !has_failed) SSL_shutdown(ssl.get());
         ssl.reset();
         if (fd >= 0) close(fd);
     }
 
-    // From now on it works for this transaction. nullptr: for nobody, or nobody yet.
+    // From now on it works for this transaction. nullptr: for none.
     void work_for(Transaction* whom) {
         transaction = whom;
-        is_joined = false;
-        late_at = Time::max();
-        if (stage == Failure::ASKED) stage = Failure::VERIFIED;
         if (whom) deadline = whom->query.deadline;
+        has_raced = false;
+        late_at = Time::max();
+        // With --reuse it may have asked before.
+        if (stage == Failure::ASKED) stage = Failure::VERIFIED;
     }
 
     void dial() {  // [4]
@@ -1605,48 +1688,50 @@ public:
         count("dialled");
         open_socket();
         set_up_tls();
-        expect_within(2.5);  // It takes two round trips.
-        persist([&] { return is_connected(); });
+        begin_step(2.5);  // It takes two round trips, one for TCP and one for TLS.
+        persist([this] { return connect_socket(); });
         stage = Failure::CONNECTED;
-        persist([&] { return is_done(SSL_connect(ssl.get())); });
+        persist([this] { return has_succeeded(SSL_connect(ssl.get())); });
         // Now OpenSSL has judged the certificate, and the protocol that ALPN chose.
         stage = Failure::VERIFIED;
-        is_verified = true;
-        upstream.open++;
+        is_open = upstream.open.take();
+        // A server that is crowded may close it now. None has anything to say yet.
         if (!is_alive()) throw failure(Failure::CLOSED, "closed the connection at once");
-        upstream.group = int(SSL_get_negotiated_group(ssl.get()));
-        upstream.health.verified(upstream.address.str());
+        upstream.health.verified();
         upstream.stock.dialled(Clock::now() - begun);
+        upstream.group = int(SSL_get_negotiated_group(ssl.get()));
         if (SSL_session_reused(ssl.get())) count("resumed");
         opened = Clock::now();
     }
 
-    // Reads the tickets that follow a handshake, so that nothing is left to read but the end.
+    // Waits for the tickets that follow a handshake, so that from now on nothing is left to come
+    // but the end. Nothing tells which ticket is the last, so this takes one and a half times as
+    // long as an answer.
     void settle() {
-        const Duration usual = upstream.usual_answer.get();
+        const Duration wait = upstream.usual_answer.get() * 3 / 2;
         const Time until =
-            Clock::now() + std::clamp<Duration>(usual * 3 / 2, milliseconds(4), milliseconds(300));
-        wake_at = std::min(until, deadline);
-        octets_left = most_octets;
-        if (!is_quiet()) throw failure(Failure::CLOSED, "closed the connection at once");
+            Clock::now() + std::clamp<Duration>(wait, milliseconds(4), milliseconds(300));
+        if (!is_quiet(std::min(until, deadline)))
+            throw failure(Failure::CLOSED, "closed the connection at once");
     }
 
     // Whether it can be used: the other end has not closed it, and has sent nothing but tickets.
+    // Takes what is there, and does not wait for more.
     bool is_alive() {
-        uint8_t octet;
-        const ssize_t got = recv(fd, &octet, 1, MSG_PEEK | MSG_DONTWAIT);
-        const bool is_nothing_there = got < 0 && errno == EAGAIN;
-        if (is_nothing_there && !SSL_has_pending(ssl.get())) return true;
-        wake_at = Clock::now() + milliseconds(1);
-        octets_left = most_octets;
-        return is_quiet();
+        if (is_nothing_there() && !SSL_has_pending(ssl.get())) return true;
+        may_wait = false;
+        const bool is_good = is_quiet(Clock::now() + seconds(1));
+        may_wait = true;
+        return is_good;
     }
 
     // [5] RFC 7858 3.3: the length and the message leave together, in one record.
     void write(const Bytes& framed) {
-        expect_within(is_ready ? 1.5 : 3);  // A new one's answer may wait behind tickets.
+        // An answer to a new connection may wait behind tickets.
+        begin_step(is_ready ? 1.25 : 3);
         stage = Failure::ASKED;
-        persist([&] { return is_done(SSL_write(ssl.get(), framed.data(), int(framed.size()))); });
+        persist(
+            [&] { return has_succeeded(SSL_write(ssl.get(), framed.data(), int(framed.size()))); });
     }
 
     Bytes read_message() {  // [6]
@@ -1657,25 +1742,27 @@ public:
         return message;
     }
 
-    std::string how() const {
-        const std::string session = SSL_session_reused(ssl.get()) ? " resumed" : " full";
-        return SSL_get_version(ssl.get()) + session + (is_ready ? " ready" : " dialled");
+    std::string how() const {  // "TLSv1.3 resumed ready"
+        std::string words = SSL_get_version(ssl.get());
+        words += SSL_session_reused(ssl.get()) ? " resumed" : " full";
+        words += is_ready ? " ready" : " dialled";
+        return words;
     }
 
     std::string how_verified() const {
         tm end{};
         ASN1_TIME_to_tm(X509_get0_notAfter(SSL_get0_peer_certificate(ssl.get())), &end);
         const char* group = OBJ_nid2sn(int(SSL_get_negotiated_group(ssl.get())));
-        return how() + text(", %s, %s verified, good until %d-%02d-%02d", group,
-                            upstream.name.c_str(), 1900 + end.tm_year, 1 + end.tm_mon, end.tm_mday);
+        return how() + ", " + group + ", " + upstream.name + " verified, good until " +
+               text("%d-%02d-%02d", 1900 + end.tm_year, 1 + end.tm_mon, end.tm_mday);
     }
 
-    // The failure to throw.
+    // Ends the connection. Returns the failure, to be thrown.
     Failure failure(Failure::Cause cause, const std::string& why) {
-        if (is_verified && !has_failed) upstream.open--;
         has_failed = true;
-        tell(is_verified ? 6 : 4, why);
-        return {cause, stage, why};
+        is_open = nullptr;
+        tell(stage >= Failure::VERIFIED ? 6 : 4, why);
+        return {cause, cause == Failure::LOCAL ? Failure::NOWHERE : stage, why};
     }
 
     void tell(int step, const std::string& what, const Bytes& message = {}) const {
@@ -1684,13 +1771,16 @@ public:
     }
 
     Upstream& upstream;
-    Stock::Place place;     // in the stock; nullptr: it is in use
-    bool is_ready = false;  // It was opened before the query came.
-    bool is_used = false;   // It has brought an answer before, with --reuse.
-    Time opened{};          // when it was verified, or was used last
-    Time since{};           // when the last step began
+    std::shared_ptr<Permit> place;  // in the stock; nullptr: it is not there
+    bool is_ready = false;          // It was opened before the query came.
+    bool is_used = false;           // It has brought an answer before, with --reuse.
+    Time opened{};                  // when it was verified, or was used last
+    Time step_begun{};              // when it began to connect or sent its query
 
 private:
+    // A handshake, or an answer, takes no more octets from the other end: as many as four messages.
+    static constexpr size_t most_octets = 4 * longest_message;
+
     void open_socket() {
         fd = socket(upstream.address.any.sa_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
         if (fd < 0) throw failure(Failure::LOCAL, strerror(errno));
@@ -1699,16 +1789,16 @@ private:
 
     void set_up_tls() {
         if (!ssl || !SSL_set_fd(ssl.get(), fd)) throw failure(Failure::LOCAL, "no memory left");
-        SSL_set_app_data(ssl.get(), &upstream);
-        BIO_set_callback_ex(SSL_get_rbio(ssl.get()), before_io);
+        SSL_set_app_data(ssl.get(), &upstream);  // for on_ticket()
+        BIO_set_callback_ex(SSL_get_rbio(ssl.get()), on_io);
         BIO_set_callback_arg(SSL_get_rbio(ssl.get()), reinterpret_cast<char*>(this));
-        if (!set_name_and_pins()) throw failure(Failure::LOCAL, "no memory left");
+        if (!set_name() || !set_pins()) throw failure(Failure::LOCAL, "no memory left");
 
-        // The group that this server chose before goes first. Otherwise it asks for a second hello,
+        // The group that this server chose last goes first. Otherwise it asks for a second hello,
         // which costs a round trip.
         int groups[] = {NID_X25519, NID_X9_62_prime256v1, NID_secp384r1, NID_secp521r1};
-        const auto was_chosen = [&](int group) { return group == upstream.group; };
-        std::stable_partition(std::begin(groups), std::end(groups), was_chosen);
+        int* const chosen = std::ranges::find(groups, upstream.group.load());
+        if (chosen != std::end(groups)) std::swap(groups[0], *chosen);
         SSL_set1_groups(ssl.get(), groups, std::size(groups));
 
         const Session ticket = upstream.tickets.take();
@@ -1718,26 +1808,36 @@ private:
         if (copy) SSL_set_session(ssl.get(), copy.get());
     }
 
-    // The name that must be in the certificate, and the keys of which one must be in its chain.
-    bool set_name_and_pins() {
-        const char* name = upstream.name.c_str();
-        bool is_good = true;
-        if (!upstream.pins.empty()) is_good = SSL_dane_enable(ssl.get(), name) > 0;
-        // RFC 7858 4.2: a key of the verified chain, the server's own (usage 1) or one that signed
-        // it (0), must be a pin (selector 1: a key; type 1: its SHA-256), RFC 8310 6.4.
-        for (const Bytes& pin : upstream.pins)
-            for (uint8_t usage : {0, 1})
-                is_good = is_good &&
-                          SSL_dane_tlsa_add(ssl.get(), usage, 1, 1, pin.data(), pin.size()) > 0;
-
+    // The name that must be in the certificate, and in the hello (SNI).
+    bool set_name() {
         X509_VERIFY_PARAM* param = SSL_get0_param(ssl.get());
-        if (is_ip_address(upstream.name)) {  // RFC 6066 3: an IP address is not sent as SNI
-            return is_good && X509_VERIFY_PARAM_set1_host(param, nullptr, 0) &&
-                   X509_VERIFY_PARAM_set1_ip_asc(param, name) &&
-                   SSL_set_tlsext_host_name(ssl.get(), nullptr);
-        }
-        return is_good && X509_VERIFY_PARAM_set1_host(param, name, 0) &&
+        const char* name = upstream.name.c_str();
+        // RFC 6066 3: an IP address is not sent as SNI.
+        if (is_ip_address(upstream.name)) return X509_VERIFY_PARAM_set1_ip_asc(param, name);
+        return X509_VERIFY_PARAM_set1_host(param, name, 0) &&
                SSL_set_tlsext_host_name(ssl.get(), name);
+    }
+
+    // RFC 7858 4.2: one of the pins must be the SHA-256 of a key in the verified chain. OpenSSL
+    // does it as for TLSA records (RFC 6698 2.1): their usage says whose key.
+    bool set_pins() {
+        constexpr uint8_t key_of_authority = 0;  // PKIX-TA
+        constexpr uint8_t key_of_server = 1;     // PKIX-EE
+        constexpr uint8_t public_key = 1;        // the selector: not the whole certificate
+        constexpr uint8_t sha_256 = 1;           // the matching type
+        if (upstream.pins.empty()) return true;
+        // This sets the name as well, and must not do so for an IP address.
+        if (SSL_dane_enable(ssl.get(), upstream.name.c_str()) <= 0) return false;
+        if (is_ip_address(upstream.name)) {
+            X509_VERIFY_PARAM_set1_host(SSL_get0_param(ssl.get()), nullptr, 0);
+            SSL_set_tlsext_host_name(ssl.get(), nullptr);
+        }
+        for (const Bytes& pin : upstream.pins)
+            for (uint8_t usage : {key_of_authority, key_of_server})
+                if (SSL_dane_tlsa_add(ssl.get(), usage, public_key, sha_256, pin.data(),
+                                      pin.size()) <= 0)
+                    return false;
+        return true;
     }
 
     Bytes read(size_t size) {
@@ -1747,34 +1847,37 @@ private:
             int got = 0;
             persist([&] {
                 got = SSL_read(ssl.get(), &octets[have], int(size - have));
-                return is_done(got);
+                return has_succeeded(got);
             });
             have += size_t(got);
         }
         return octets;
     }
 
-    // What follows is late if it takes longer than so many times the usual time of an answer. What
-    // is less than 25 ms late is the scheduler's fault more often than the network's. A client that
-    // asks for slow names must not make others wait: 500 ms is late in any case.
-    void expect_within(double times) {
-        since = Clock::now();
+    // ---- Time
+
+    // A step begins: it is late if it takes longer than so many times the usual time of an answer.
+    // But less than 25 ms is not late: it is more often the scheduler's fault than the network's.
+    // And more than 500 ms always is: a client that asks for slow names must not make others wait.
+    void begin_step(double times) {
+        step_begun = Clock::now();
         octets_left = most_octets;
-        if (!transaction || is_joined) return;
+        is_late = false;
+        if (!transaction || has_raced) return;
         const Duration usual = upstream.usual_answer.get();
         const auto late = std::chrono::duration_cast<Duration>(usual * times);
-        late_at = since + std::clamp<Duration>(late, milliseconds(25), milliseconds(500));
-        if (usual == Duration(0)) late_at = since + milliseconds(250);  // RFC 8305 5
-        is_late = false;
+        late_at = step_begun + std::clamp<Duration>(late, milliseconds(25), milliseconds(500));
+        if (usual == Duration(0)) late_at = step_begun + milliseconds(250);  // RFC 8305 5
     }
 
-    // Makes a blocking call again and again until it is done. The call waits until `wake_at` at
-    // most.
-    void persist(auto call) {
+    // Makes a blocking call again and again until it is done.
+    void persist(const std::function<bool()>& is_done) {
+        // Four times a second it looks whether another try has brought the answer.
         for (;;) {
             wake_at = std::min({deadline, late_at, Clock::now() + milliseconds(250)});
             ERR_clear_error();  // Another connection of this thread may have left an error.
-            if (call()) return;
+            if (is_done()) return;
+            if (octets_left == 0) throw failure(Failure::FAULT, "sent more than an answer can be");
             look_at_the_time();
         }
     }
@@ -1784,11 +1887,12 @@ private:
         if (transaction && transaction->is_answered())
             throw failure(Failure::OVERTAKEN, "overtaken by another try");
         if (now >= deadline) throw failure(Failure::TIMEOUT, why_it_is_late());
-        if (now < late_at) return;
-        upstream.health.late(since, !is_late, upstream.address.str() + " " + why_it_is_late());
+        if (!transaction || now < late_at) return;
+
+        upstream.health.late(step_begun, !is_late, why_it_is_late());
         is_late = true;
-        is_joined = join(*transaction, upstream);
-        late_at = is_joined ? Time::max() : now + milliseconds(50);
+        has_raced = start_race(*transaction, upstream);
+        late_at = has_raced ? Time::max() : now + milliseconds(50);
     }
 
     const char* why_it_is_late() const {
@@ -1797,22 +1901,33 @@ private:
         return "no answer in time";
     }
 
-    // Called by OpenSSL before and after each read(2) and write(2).
-    static long before_io(BIO* bio, int what, const char*, size_t, int, long, int result,
-                          size_t* done) {
+    // OpenSSL calls this before each read(2) and write(2), and then (BIO_CB_RETURN) after it with
+    // its result and its number of octets: BIO_set_callback_ex(3). If -1 is returned before, the
+    // call is not made. "Retry" tells OpenSSL that it is as if the call had to wait.
+    static long on_io(BIO* bio, int what, const char*, size_t, int, long, int result,
+                      size_t* octets) {
         Connection& own = *reinterpret_cast<Connection*>(BIO_get_callback_arg(bio));
-        if (what == (BIO_CB_READ | BIO_CB_RETURN) && result > 0)
-            own.octets_left -= std::min(*done, own.octets_left);
-        if (what != BIO_CB_READ && what != BIO_CB_WRITE) return result;
-        if (what == BIO_CB_READ && own.octets_left == 0) return -1;
-        if (!own.set_time_limit()) {
-            what == BIO_CB_READ ? BIO_set_retry_read(bio) : BIO_set_retry_write(bio);
+        if (what == BIO_CB_READ && !own.may_read()) {
+            BIO_set_retry_read(bio);
             return -1;
         }
-        if (what == BIO_CB_READ && own.is_awaiting_answer) acknowledge_at_once(own.fd);
+        if (what == BIO_CB_WRITE && !own.set_time_limit()) {
+            BIO_set_retry_write(bio);
+            return -1;
+        }
+        const bool has_read = what == (BIO_CB_READ | BIO_CB_RETURN) && result > 0;
+        if (has_read) own.octets_left -= std::min(*octets, own.octets_left);
         return result;
     }
 
+    bool may_read() {
+        if (octets_left == 0) return false;
+        if (!may_wait && is_nothing_there()) return false;
+        if (is_awaiting_answer) acknowledge_at_once(fd);
+        return set_time_limit();
+    }
+
+    // Returns false if no time is left until `wake_at`.
     bool set_time_limit() {
         using std::chrono::microseconds;
         const long left = std::chrono::ceil<microseconds>(wake_at - Clock::now()).count();
@@ -1823,38 +1938,58 @@ private:
         return true;
     }
 
-    bool is_connected() {
+    // ---- Results
+
+    // Returns false if it waited until `wake_at`. SO_SNDTIMEO bounds connect(2) as well: then it
+    // fails with EINPROGRESS, and another call waits on.
+    bool connect_socket() {
         if (!set_time_limit()) return false;
         const int result = connect(fd, &upstream.address.any, upstream.address.size());
         if (result == 0 || errno == EISCONN) return true;
-        if (errno == EINPROGRESS || errno == EALREADY || errno == EAGAIN) return false;
-        static const int local[] = {EADDRNOTAVAIL, ENETUNREACH, EHOSTUNREACH, ENETDOWN,
-                                    EACCES,        EPERM,       ENOBUFS,      ENOMEM};
-        const bool is_local = std::ranges::find(local, errno) != std::end(local);
-        throw failure(is_local ? Failure::LOCAL : Failure::CLOSED, strerror(errno));
+        switch (errno) {
+            case EINPROGRESS:
+            case EALREADY:
+            case EAGAIN:
+                return false;
+            case EADDRNOTAVAIL:
+            case ENETUNREACH:
+            case EHOSTUNREACH:
+            case ENETDOWN:
+            case EACCES:
+            case EPERM:
+            case ENOBUFS:
+            case ENOMEM:
+                throw failure(Failure::LOCAL, strerror(errno));
+        }
+        throw failure(Failure::CLOSED, strerror(errno));
     }
 
-    // Whether an OpenSSL call has done its work. false: it waited until `wake_at`.
-    bool is_done(int result) {
+    // Whether an OpenSSL call has done its work, by its result. Returns false if it waited until
+    // `wake_at`.
+    bool has_succeeded(int result) {
         const int error = errno;
         if (result > 0) return true;
         const int kind = SSL_get_error(ssl.get(), result);
         if (kind == SSL_ERROR_WANT_READ || kind == SSL_ERROR_WANT_WRITE) return false;
-        if (!is_verified) {
+        if (stage == Failure::CONNECTED) {
             upstream.tickets.forget();
             tell_whose_certificate_came();
         }
-        const int reason = ERR_GET_REASON(ERR_peek_error());
-        const bool is_closed = kind == SSL_ERROR_SYSCALL || kind == SSL_ERROR_ZERO_RETURN ||
-                               reason == SSL_R_UNEXPECTED_EOF_WHILE_READING;
-        const bool is_end = is_closed && octets_left > 0;
-        throw failure(is_end ? Failure::CLOSED : Failure::FAULT, why_it_failed(kind, error));
+        const Failure::Cause cause = is_end(kind) ? Failure::CLOSED : Failure::FAULT;
+        throw failure(cause, why_it_failed(kind, error));
     }
 
+    // Whether an error means that the other end has closed or reset the connection.
+    static bool is_end(int kind) {
+        if (kind == SSL_ERROR_ZERO_RETURN || kind == SSL_ERROR_SYSCALL) return true;
+        return ERR_GET_REASON(ERR_peek_error()) == SSL_R_UNEXPECTED_EOF_WHILE_READING;
+    }
+
+    // The most telling reason first.
     std::string why_it_failed(int kind, int error) const {
-        const long verdict = is_verified ? X509_V_OK : SSL_get_verify_result(ssl.get());
+        long verdict = X509_V_OK;
+        if (stage == Failure::CONNECTED) verdict = SSL_get_verify_result(ssl.get());
         const char* tls_reason = ERR_reason_error_string(ERR_peek_error());
-        if (octets_left == 0) return "sent more than an answer can be";
         if (verdict == X509_V_ERR_DANE_NO_MATCH) return "certificate has no pinned key";
         if (verdict == X509_V_ERR_HOSTNAME_MISMATCH || verdict == X509_V_ERR_IP_ADDRESS_MISMATCH)
             return "certificate does not match " + upstream.name;
@@ -1873,30 +2008,36 @@ private:
         tell(4, text("came: %s", subject));
     }
 
-    // Whether nothing comes until `wake_at` but tickets, which OpenSSL takes.
-    bool is_quiet() {
+    bool is_nothing_there() const {
         uint8_t octet;
-        ERR_clear_error();
-        const int result = SSL_peek(ssl.get(), &octet, 1);
-        return result <= 0 && SSL_get_error(ssl.get(), result) == SSL_ERROR_WANT_READ;
+        return recv(fd, &octet, 1, MSG_PEEK | MSG_DONTWAIT) < 0 && errno == EAGAIN;
     }
 
-    // A handshake or an answer takes no more octets from the other end: as many as four messages.
-    static constexpr size_t most_octets = 4 * longest_message;
+    // Whether nothing comes until then but tickets, which OpenSSL takes.
+    bool is_quiet(Time until) {
+        uint8_t octet;
+        wake_at = until;
+        octets_left = most_octets;
+        ERR_clear_error();
+        const int result = SSL_peek(ssl.get(), &octet, 1);
+        if (result > 0 || octets_left == 0) return false;
+        return SSL_get_error(ssl.get(), result) == SSL_ERROR_WANT_READ;
+    }
 
-    Transaction* transaction = nullptr;
+    Transaction* transaction = nullptr;  // which it works for
     Time deadline;
     std::shared_ptr<SSL> ssl;
     int fd = -1;
     Failure::Stage stage = Failure::STARTED;
-    bool is_verified = false;  // The other end has proved who it is.
     bool has_failed = false;
+    std::shared_ptr<Permit> is_open;  // counts it among the upstream's open connections
     bool is_awaiting_answer = false;
-    bool is_late = false;        // This step was late.
-    bool is_joined = false;      // Another try was begun, as this one is late.
-    Time late_at = Time::max();  // when this step is late
-    Time wake_at{};              // when a call that waits gives up
-    size_t octets_left = most_octets;
+    bool may_wait = true;              // until there is something to read
+    bool is_late = false;              // This step is.
+    bool has_raced = false;            // Another try was begun, as this one is late.
+    Time late_at = Time::max();        // when this step is late
+    Time wake_at{};                    // when a call that waits gives up
+    size_t octets_left = most_octets;  // that may be read in this step
 };
 
 std::shared_ptr<Connection> Stock::pop_oldest() {
@@ -1916,10 +2057,11 @@ std::shared_ptr<Connection> Stock::take() {
     }
 }
 
-// One after the other, so that a query which comes meanwhile finds the others.
+// Looks at each of them, one after the other, so that a query which comes meanwhile finds the
+// others. The last one that was looked at goes to the end, so a full turn leaves them in their
+// order.
 void Stock::drop_dead() {
-    size_t left = size();
-    for (; left > 0; left--) {
+    for (size_t left = size(); left > 0; left--) {
         std::shared_ptr<Connection> oldest = pop_oldest();
         if (!oldest) return;
         if (is_fit(*oldest)) park(std::move(oldest));
@@ -1948,67 +2090,76 @@ bool Stock::is_fit(Connection& connection) {
 static std::atomic<Time> last_query{Time::min()};
 
 // One query in ten may be raced, beyond a burst of twenty, so that a resolver which is slow with
-// all its answers is not asked twice as much.
+// all its answers is not asked twice as much. A query earns a tenth of a race.
 class RaceBudget {
 public:
     void earn() {
-        if (tenths < burst) tenths++;
+        Lock lock(mutex);
+        tenths = std::min(tenths + 1, burst);
     }
+
     bool spend() {
-        if (tenths.fetch_sub(10) >= 10) return true;
-        tenths += 10;
-        return false;
+        Lock lock(mutex);
+        if (tenths < 10) return false;
+        tenths -= 10;
+        return true;
     }
 
 private:
     static constexpr int burst = 20 * 10;
-    std::atomic<int> tenths{burst};
+    std::mutex mutex;  // guards `tenths`
+    int tenths = burst;
 };
 static RaceBudget race_budget;
 
-static void carry(std::shared_ptr<Transaction> transaction);
+static void carry(const std::shared_ptr<Transaction>& transaction);
 
 // The race: another thread carries the transaction to the next upstream while this try waits on. It
-// costs nothing if the upstream is known to be at fault: then it is no race but a failover.
-static bool join(Transaction& transaction, Upstream& upstream) {
-    if (!transaction.is_repeatable) return true;
+// costs nothing if this upstream is known to be at fault: then it is no race but a failover.
+static bool start_race(Transaction& transaction, Upstream& upstream) {
+    if (!transaction.is_repeatable) return true;  // There must not be one.
     if (upstream.health.is_well() && !race_budget.spend()) return false;
     count("raced");
-    detach([shared = transaction.shared_from_this()]() mutable { carry(std::move(shared)); });
+    const auto shared = transaction.shared_from_this();
+    detach([shared] { carry(shared); });
     return true;
 }
 
-// What a failure says of the upstream. What goes wrong after it has proved who it is says more of
-// the query's name than of the upstream; and that it was late is told already.
+// What a failure says of the upstream. What goes wrong after it was asked says more of the query's
+// name than of the upstream; and that it is late was reported already.
 static void learn_from(const Failure& failure, Upstream& upstream) {
     if (failure.cause == Failure::LOCAL) upstream.health.pass_over();
     if (failure.cause != Failure::CLOSED && failure.cause != Failure::FAULT) return;
     if (failure.stage == Failure::ASKED) return;
     upstream.stock.drop_dead();
-    if (failure.cause == Failure::CLOSED && upstream.open > 0) {
+    if (failure.cause == Failure::CLOSED && upstream.open.in_use() > 0) {
         upstream.stock.refused();  // It serves others, and wants no more.
     } else {
-        upstream.health.at_fault(upstream.address.str() + " " + failure.why);
+        upstream.health.at_fault(failure.why);
     }
 }
 
-// Opens a connection ahead of the query that will use it, and parks it.
-static void open_ahead(Upstream& upstream, Stock::Place place) {
-    const Time deadline = Clock::now() + milliseconds(settings.timeout);
+// Opens a connection ahead of the query that will use it, and parks it in that place of the stock.
+static void open_ahead(Upstream& upstream, const std::shared_ptr<Permit>& place) {
     if (!place || !upstream.stock.may_be_renewed()) return;
+    const Time deadline = Clock::now() + milliseconds(settings.timeout);
     const auto connection = std::make_shared<Connection>(upstream, deadline);
     try {
         connection->dial();
         connection->settle();
         connection->is_ready = true;
-        connection->place = std::move(place);
+        connection->place = place;
         upstream.stock.park(connection);
     } catch (const Failure& failure) {
         learn_from(failure, upstream);
+        if (failure.cause == Failure::TIMEOUT) upstream.health.at_fault(failure.why);
         if (failure.stage == Failure::VERIFIED) upstream.stock.died(Duration(0));
-        if (failure.cause == Failure::TIMEOUT)
-            upstream.health.at_fault(upstream.address.str() + " " + failure.why);
     }
+}
+
+static void open_ahead_in_thread(Upstream& upstream) {
+    const auto place = upstream.stock.reserve();
+    detach([&upstream, place] { open_ahead(upstream, place); });
 }
 
 // After an answer: the next query is to find a connection ready. While more are being opened than
@@ -2016,9 +2167,9 @@ static void open_ahead(Upstream& upstream, Stock::Place place) {
 static void restock(Upstream& upstream) {
     // Let the client run before this thread takes the processor for a handshake.
     std::this_thread::sleep_for(milliseconds(1));
-    Stock::Place place = upstream.stock.reserve();
-    if (upstream.stock.is_low()) detach([&] { open_ahead(upstream, upstream.stock.reserve()); });
-    open_ahead(upstream, std::move(place));
+    const auto place = upstream.stock.reserve();
+    if (upstream.stock.is_low()) open_ahead_in_thread(upstream);
+    open_ahead(upstream, place);
 }
 
 // With --reuse: parks a connection that has brought an answer, for the next query.
@@ -2035,40 +2186,42 @@ static void park_again(std::shared_ptr<Connection> connection) {
 static void learn_from_answer(Transaction& transaction, Upstream& upstream,
                               const Connection& connection) {
     somebody_answered = true;
-    upstream.health.answered(upstream.address.str());
-    upstream.usual_answer.add(Clock::now() - connection.since);
+    upstream.health.answered();
+    upstream.usual_answer.add(Clock::now() - connection.step_begun);
     if (connection.is_ready) {
         upstream.stock.used();
-    } else if (transaction.has_used_all_ready(upstream)) {
+    } else if (transaction.has_used_all_ready(upstream) &&
+               !upstream.stock.was_used_since(transaction.query.taken)) {
         // A new connection brought what the ready ones did not: they are dead, and so are those
         // that are as old. It is so after a change of networks.
         upstream.stock.drop_older_than(connection.opened);
     }
 }
 
-// A try has failed. Whose fault is it, and does it count as a try?
+// A try has failed. Whose fault is it, and does it count as one of three?
 static void note_failure(Transaction& transaction, Upstream& upstream, const Failure& failure,
                          const Connection* connection) {
     if (failure.cause == Failure::OVERTAKEN) return;
     learn_from(failure, upstream);
-    const bool is_closed = failure.cause == Failure::CLOSED;
-    const bool was_asked = failure.stage == Failure::ASKED;
-    // A dial that was refused asked nobody. A ready connection may have been dead.
-    bool costs_a_try = true;
-    if (failure.cause == Failure::LOCAL) costs_a_try = false;
-    if (is_closed && !was_asked) costs_a_try = false;
-    if (is_closed && was_asked && connection->is_ready) costs_a_try = false;
-    const bool is_end = is_closed && was_asked && !connection->is_used;
-    transaction.failed(upstream, failure, costs_a_try, is_end);
+    bool is_try = true;
+    bool is_refusal = false;
+    if (failure.cause == Failure::LOCAL) is_try = false;
+    if (failure.cause == Failure::CLOSED) {
+        const bool was_asked = failure.stage == Failure::ASKED;
+        // A dial that was refused has asked nobody, and a ready connection may have been dead.
+        is_try = was_asked && !connection->is_ready;
+        is_refusal = was_asked && !connection->is_used;
+    }
+    transaction.failed(upstream, failure, is_try, is_refusal);
 }
 
 // Takes a query from step [3] to step [8]: asks one upstream after the other until there is an
-// answer or nobody is left to ask. This is a thread of its own. If a try is late, join() starts a
-// second one, which does the same beside this one.
-static void carry(std::shared_ptr<Transaction> transaction) {
+// answer or nobody is left to ask. This is a thread of its own. If a try is late, start_race()
+// starts a second one, which does the same beside this one.
+static void carry(const std::shared_ptr<Transaction>& transaction) {
     const Query& query = transaction->query;
-    std::shared_ptr<Connection> connection;
     Upstream* upstream = nullptr;
+    std::shared_ptr<Connection> connection;
     bool is_answered = false;
 
     // [3] A query's length would nearly tell its name.
@@ -2090,7 +2243,7 @@ static void carry(std::shared_ptr<Transaction> transaction) {
                 connection = std::make_shared<Connection>(*upstream, query.deadline);
                 connection->work_for(transaction.get());
                 connection->dial();
-                // Was the connection before this one closed because of the query, or in any case?
+                // If this one stays open until the query is sent, an end is because of the query.
                 if (transaction->was_closed_upon()) connection->settle();
             }
             if (settings.verbose) connection->tell(4, connection->how_verified());
@@ -2100,7 +2253,7 @@ static void carry(std::shared_ptr<Transaction> transaction) {
             connection->write(frame(message));
             connection->tell(5, text("2 + %zu octets in one record", message.size()), message);
 
-            // [6] It comes in as many pieces as the network likes.
+            // [6] The answer comes in as many pieces as the network likes.
             const Bytes answer = connection->read_message();
             connection->tell(6, text("2 + %zu octets", answer.size()), answer);
 
@@ -2121,18 +2274,16 @@ static void carry(std::shared_ptr<Transaction> transaction) {
             note_failure(*transaction, *upstream, failure, connection.get());
         }
     }
-    if (connection) connection->work_for(nullptr);
-
-    // If this was the last thread to carry it, and there was no answer, its destructor answers
-    // SERVFAIL.
-    transaction.reset();
+    // If nobody answered, and this was the last thread to carry the transaction, its destructor
+    // answers SERVFAIL.
     if (!is_answered) return;
 
     // Nobody waits for what follows.
+    connection->work_for(nullptr);
     if (settings.reuse) {
         park_again(std::move(connection));
     } else {
-        connection.reset();
+        connection = nullptr;  // closes it
         restock(*upstream);
     }
 }
@@ -2140,8 +2291,9 @@ static void carry(std::shared_ptr<Transaction> transaction) {
 void resolve(std::shared_ptr<const Query> query, std::function<void(const Outcome&)> finish) {
     last_query = query->taken;
     race_budget.earn();
-    auto transaction = std::make_shared<Transaction>(std::move(query), std::move(finish));
-    detach([transaction = std::move(transaction)]() mutable { carry(std::move(transaction)); });
+    const auto transaction = std::make_shared<Transaction>(std::move(query), std::move(finish));
+    // If there is no room for a thread, the transaction ends here, and its destructor answers.
+    detach([transaction] { carry(transaction); });
 }
 
 // While the program is used, two connections are ready at the first upstream that is well; and at
@@ -2155,10 +2307,9 @@ static void keep_upstreams_warm() {
         if (well == warm_upstreams || !upstream->health.is_well()) continue;
         well++;
         const size_t have = upstream->stock.size();
-        // Not here: a resolver that says nothing would hold up the others.
-        if (have < wanted && upstream->health.claim())
-            detach([&one = *upstream] { open_ahead(one, one.stock.reserve()); });
-        wanted = std::max(wanted, have);
+        // In a thread of its own: a resolver that says nothing would hold up the others.
+        if (have < wanted && upstream->health.claim(true)) open_ahead_in_thread(*upstream);
+        wanted = std::max(wanted, have);  // for the next upstream
     }
 }
 
@@ -2177,11 +2328,11 @@ void keep_warm() {
 #ifdef POSIX_ONLY
 
 void acknowledge_at_once(int) {}
-void ask_for_asked_address(int, bool) {}
-void keep_asked_address_only(msghdr& header) { header.msg_controllen = 0; }
+void report_asked_address(int, bool) {}
+void answer_from_asked_address(msghdr& header) { header.msg_controllen = 0; }
 void allow_absent_address(int) {}
 bool drop_groups() { return true; }
-void give_up_new_privileges() {}
+void gain_no_privileges() {}
 void save_memory() {}
 
 int next_option(int argc, char** argv, const std::vector<OptionWord>& words) {
@@ -2204,7 +2355,7 @@ int next_option(int argc, char** argv, const std::vector<OptionWord>& words) {
 // the answer are acknowledged: that is to be now, and not 40 ms later.
 void acknowledge_at_once(int fd) { set_option(fd, IPPROTO_TCP, TCP_QUICKACK, 1); }
 
-void ask_for_asked_address(int fd, bool is_v4) {
+void report_asked_address(int fd, bool is_v4) {
     if (is_v4) {
         set_option(fd, IPPROTO_IP, IP_PKTINFO, 1);
     } else {
@@ -2212,9 +2363,10 @@ void ask_for_asked_address(int fd, bool is_v4) {
     }
 }
 
-void keep_asked_address_only(msghdr& header) {
+void answer_from_asked_address(msghdr& header) {
     for (cmsghdr* part = CMSG_FIRSTHDR(&header); part; part = CMSG_NXTHDR(&header, part)) {
         if (part->cmsg_level == IPPROTO_IP && part->cmsg_type == IP_PKTINFO) {
+            // Without an interface the routes decide which one it is.
             reinterpret_cast<in_pktinfo*>(CMSG_DATA(part))->ipi_ifindex = 0;
         } else if (part->cmsg_level == IPPROTO_IPV6 && part->cmsg_type == IPV6_PKTINFO) {
             in6_pktinfo* info = reinterpret_cast<in6_pktinfo*>(CMSG_DATA(part));
@@ -2226,7 +2378,7 @@ void keep_asked_address_only(msghdr& header) {
 
 void allow_absent_address(int fd) { set_option(fd, IPPROTO_IPV6, IPV6_FREEBIND, 1); }
 bool drop_groups() { return setgroups(0, nullptr) == 0; }
-void give_up_new_privileges() { prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); }
+void gain_no_privileges() { prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); }
 
 // glibc would keep eight pools of memory for each processor.
 void save_memory() { mallopt(M_ARENA_MAX, 2); }

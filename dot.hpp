@@ -15,31 +15,33 @@
 //     |           | <-------- | [8] answer, or cut it (TC)|       |       |
 //     +-----------+           +---------------------------+       +-------+
 //
-// A thread waits at each listening socket for steps [1] and [2]. Each query that passes gets a
-// thread of its own, which takes it through steps [3] to [8] and waits for one thing at a time:
-// every socket blocks.
+// One thread waits at each UDP socket, and one for each TCP client: for steps [1] and [2]. A query
+// that is to be forwarded gets a thread of its own, which takes it through steps [3] to [8] and
+// waits for one thing at a time: every socket blocks.
 //
-// Each query has a TLS connection to itself. To set one up takes three round trips, so a thread
-// that has answered its query opens the next connection ahead of time. Such a "ready connection" is
-// verified and unused, and waits for a query to come.
+// Each query has a TLS connection to itself. That costs a round trip for TCP, one for TLS and one
+// for the answer, so a thread that has answered opens the next connection ahead of time. Such a
+// "ready connection" is verified and unused, and waits for a query to come.
 //
 // What dot-proxy is not: a cache, a validator, an authoritative server or a client of plain DNS. No
 // code path sends a query in the clear, or to a server that is not authenticated.
 //
 // Reading order: this file; dot.cpp (how a query travels); main.cpp (how the program runs).
 //
-// Errors: before the first thread starts, functions throw. While the program serves, a function
-// that can fail returns std::nullopt or false; only a try to ask a resolver throws, and carry() in
-// dot.cpp catches it. Where an error is ignored, the reason is on the line.
+// Errors: before the first thread starts, functions throw. While the program serves, a function of
+// this file that can fail returns std::nullopt or false. Where an error is ignored, the reason is
+// on the line.
 #pragma once
 
 #include <netinet/in.h>
 
 #include <atomic>
 #include <chrono>
+#include <condition_variable>
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -73,7 +75,7 @@ std::string totals();                                        // "TOTALS name=num
 
 // An IP address and a port.
 struct Address {
-    Address() : v6{} {}
+    Address() : v6{} {}  // all zeros
     bool is_v4() const { return any.sa_family == AF_INET; }
     int port() const { return ntohs(v4.sin_port); }  // at the same place in both families
     socklen_t size() const;                          // of the sockaddr, in octets
@@ -239,12 +241,19 @@ void set_option(int fd, int level, int option, const auto& value) {
 // ---- Beyond POSIX ------------------------------------------------------------------------------
 // These do nothing in a program that was made with -DPOSIX_ONLY.
 
-void acknowledge_at_once(int fd);                     // what has come over this TCP socket
-void ask_for_asked_address(int fd, bool is_v4);       // a UDP socket tells which of ours was asked
-void keep_asked_address_only(struct msghdr& header);  // so that a reply to it leaves from there
-void allow_absent_address(int fd);                    // bind(2) takes an IPv6 address to come
-bool drop_groups();                                   // Returns false on failure, as errno says.
-void give_up_new_privileges();                        // those that a setuid program could bring
+// Has the kernel acknowledge at once what has come over this TCP socket.
+void acknowledge_at_once(int fd);
+// Has recvmsg(2) report which of our addresses a datagram was sent to.
+void report_asked_address(int fd, bool is_v4);
+// Makes the header of a datagram that has come good for sendmsg(2): the answer leaves from the
+// address that was asked, by whatever interface the routes say.
+void answer_from_asked_address(struct msghdr& header);
+// Allows bind(2) to an IPv6 address that this host does not have yet.
+void allow_absent_address(int fd);
+// Gives up the supplementary groups. Returns false on failure, and sets errno.
+bool drop_groups();
+// From now on no program that is executed can gain rights.
+void gain_no_privileges();
 void save_memory();
 
 // An option of the command line: --word or -l, for a letter.
@@ -275,14 +284,41 @@ std::string host_of(const Address& client);
 bool guard(const std::function<void()>& work);
 
 // Does `work` in a thread of its own. Returns false if the system has no room for one more thread.
-bool detach(std::function<void()> work);
+bool detach(const std::function<void()>& work);
+
+// A permit to do something of which only so much may go on at a time. It is given back when it is
+// destroyed. Permits bound the threads, memory and handshakes that strangers can cause.
+struct Permit {
+    Permit() = default;
+    Permit(const Permit&) = delete;
+    ~Permit();
+    class Permits* of = nullptr;  // to be given back to; nullptr: this is none yet
+};
+
+class Permits {
+public:
+    explicit Permits(size_t most) : most(most) {}
+    std::shared_ptr<Permit> take();  // nullptr: there is none left
+    std::shared_ptr<Permit> wait();  // waits until there is one
+    size_t in_use();
+    void set_most(size_t number);
+
+private:
+    friend struct Permit;
+    void give_back();
+
+    std::mutex mutex;  // guards what follows
+    std::condition_variable given_back;
+    size_t most;
+    size_t taken = 0;
+};
 
 // ---- The whole way -----------------------------------------------------------------------------
 
 // What became of a query.
 struct Outcome {
-    Bytes answer;        // for the client
-    bool is_resolvers;   // A resolver gave this answer.
+    Bytes answer;  // for the client
+    bool is_from_resolver;
     std::string detail;  // who answered and how, or why nobody did
 };
 

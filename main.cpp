@@ -6,7 +6,6 @@
 // signals.
 #include <netinet/tcp.h>
 #include <pwd.h>
-#include <semaphore.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -56,37 +55,37 @@ struct OptionRow {
 
 static const std::vector<OptionRow>& option_rows() {
     using Value = const std::string&;
-    static Settings& s = settings;
     static const std::vector<OptionRow> rows{
         {'l', "listen", "ADDR[@PORT]", "where to listen, UDP and TCP; repeatable",
-         "127.0.0.1@53 ::1@53", [](Value value) { s.listen.push_back(parse_address(value, 53)); }},
+         "127.0.0.1@53 ::1@53",
+         [](Value value) { settings.listen.push_back(parse_address(value, 53)); }},
         {'u', "upstream", "UPSTREAM", "whom to ask, in this order; repeatable", "cloudflare",
          add_upstream},
         {'c', "ca", "FILE", "certificates to trust; repeatable", "the system's",
-         [](Value value) { s.ca.push_back(value); }},
+         [](Value value) { settings.ca.push_back(value); }},
         {'a', "allow", "NETWORK", "who may ask, besides loopback; repeatable", "private networks",
-         [](Value value) { s.allow.push_back(parse_network(value)); }},
+         [](Value value) { settings.allow.push_back(parse_network(value)); }},
         {'d', "deny", "NETWORK", "who may not, even if allowed; repeatable", "",
-         [](Value value) { s.deny.push_back(parse_network(value)); }},
+         [](Value value) { settings.deny.push_back(parse_network(value)); }},
         {'r', "rate", "N", "queries a second for one client (IPv6: one /64)", "0: no limit",
-         [](Value value) { s.rate = parse_number(value, 0, 1000000); }},
+         [](Value value) { settings.rate = parse_number(value, 0, 1000000); }},
         {'n', "queries", "N", "queries in flight at most", std::to_string(Settings().queries),
-         [](Value value) { s.queries = parse_number(value, 1, 10000); }},
+         [](Value value) { settings.queries = parse_number(value, 1, 10000); }},
         {'t', "timeout", "MS", "for a whole query", std::to_string(Settings().timeout),
-         [](Value value) { s.timeout = parse_number(value, 1, 60000); }},
+         [](Value value) { settings.timeout = parse_number(value, 1, 60000); }},
         {'k', "ready", "N", "ready connections for an upstream at most; 0: none",
          std::to_string(Settings().ready),
-         [](Value value) { s.ready = parse_number(value, 0, 1000); }},
+         [](Value value) { settings.ready = parse_number(value, 0, 1000); }},
         {'R', "reuse", nullptr, "use a connection for more than one query", "",
-         [](Value) { s.reuse = true; }},
+         [](Value) { settings.reuse = true; }},
         {'m', "max-udp", "N", "longest UDP answer, octets", std::to_string(Settings().max_udp),
-         [](Value value) { s.max_udp = parse_number(value, 512, 65535); }},
+         [](Value value) { settings.max_udp = parse_number(value, 512, 65535); }},
         {'U', "user", "NAME|UID", "become this user once the sockets are open", "", set_user},
         {'K', "keylog", "FILE", "write TLS secrets there, for Wireshark", "",
-         [](Value value) { s.keylog = value; }},
-        {'q', "quiet", nullptr, "no line per query", "", [](Value) { s.quiet = true; }},
+         [](Value value) { settings.keylog = value; }},
+        {'q', "quiet", nullptr, "no line per query", "", [](Value) { settings.quiet = true; }},
         {'v', "verbose", nullptr, "the eight steps of every query; -vv adds the octets", "",
-         [](Value) { s.verbose++; }},
+         [](Value) { settings.verbose++; }},
         {'h', "help", nullptr, "print this", "", [](Value) { print_help(); }},
         {'V', "version", nullptr, "print the version", "",
          [](Value) {
@@ -111,7 +110,7 @@ static void print_help() {
     exit(0);
 }
 
-static void set_option_of_user(char letter, const std::string& value) {
+static void apply_option(char letter, const std::string& value) {
     for (const OptionRow& row : option_rows()) {
         if (row.letter != letter) continue;
         try {
@@ -146,31 +145,19 @@ static void parse_options(int argc, char** argv) {
         if (letter == -1) break;
         // getopt(3) has said on stderr what is wrong.
         if (letter == '?') throw BadOption("");
-        set_option_of_user(char(letter), optarg ? optarg : "");
+        apply_option(char(letter), optarg ? optarg : "");
     }
     if (optind < argc)
         throw BadOption(text("unexpected argument '%.80s'; see --help", argv[optind]));
     set_defaults();
 }
 
-// ---- Permits -----------------------------------------------------------------------------------
+// ---- Bounds ------------------------------------------------------------------------------------
 
-// A permit to do something of which only so much may go on at a time. Its destructor gives it back.
-// Permits bound the threads, memory and handshakes that strangers can cause.
-using Permit = std::shared_ptr<sem_t>;
-
-static Permit wait_for(sem_t& permits) {
-    while (sem_wait(&permits) != 0) continue;  // It was interrupted.
-    return Permit(&permits, sem_post);
-}
-
-static Permit take_if_any(sem_t& permits) {
-    if (sem_trywait(&permits) != 0) return nullptr;
-    return Permit(&permits, sem_post);
-}
-
-static sem_t query_permits;   // queries in flight
-static sem_t client_permits;  // TCP clients
+static Permits query_permits(0);           // queries in flight: main() sets how many
+static Permits client_permits(256);        // TCP clients
+constexpr size_t clients_of_a_host = 64;   // at one listener
+constexpr size_t queries_of_a_client = 8;  // of a TCP client, in flight
 
 static std::atomic<int> unanswered{0};      // queries in flight, until their answers have been sent
 static std::atomic<bool> is_ending{false};  // No more queries are taken.
@@ -179,29 +166,32 @@ static std::atomic<bool> is_ending{false};  // No more queries are taken.
 
 using Send = std::function<void(const Bytes& answer)>;  // the way back to a client
 
+static int rcode_of(const Bytes& answer) { return answer[3] & 0x0f; }
+static bool is_truncated(const Bytes& answer) { return answer[2] & 0x02; }
+
+// Counts what became of a query, and prints its line.
 static void report(const Query& query, const Outcome& outcome) {
-    const int rcode = outcome.answer[3] & 0x0f;
-    const bool is_error = rcode != NOERROR && rcode != NXDOMAIN;
-    count(rcode_name(rcode));
-    count(outcome.is_resolvers ? "success" : "failure");
-    if (!outcome.is_resolvers) count("failure:" + outcome.detail);
-    if (settings.quiet) return;
+    const int rcode = rcode_of(outcome.answer);
     const char* result = "SUCCESS";
-    if (is_error) result = "ANSWERED";
-    if (!outcome.is_resolvers) result = "FAILURE";
+    if (rcode != NOERROR && rcode != NXDOMAIN) result = "ANSWERED";
+    if (!outcome.is_from_resolver) result = "FAILURE";
+
+    count(rcode_name(rcode));
+    count(outcome.is_from_resolver ? "success" : "failure");
+    if (!outcome.is_from_resolver) count("failure:" + outcome.detail);
+    if (settings.quiet) return;
     const std::chrono::duration<double, std::milli> took = Clock::now() - query.taken;
-    say(text("%s %s %s %s %zu octets %.1f ms%s %s", result, query.tcp ? "tcp" : "udp",
+    const char* transport = query.tcp ? "tcp" : "udp";
+    const char* colon = outcome.is_from_resolver ? "" : ":";
+    say(text("%s %s %s %s %zu octets %.1f ms%s %s", result, transport,
              type_name(query.layout.type).c_str(), rcode_name(rcode).c_str(), outcome.answer.size(),
-             took.count(), outcome.is_resolvers ? "" : ":", outcome.detail.c_str()));
+             took.count(), colon, outcome.detail.c_str()));
 }
 
 static void tell_of_answer(const Query& query, const Bytes& answer) {
-    if (settings.verbose == 0) return;
-    const bool is_cut = answer[2] & 0x02;
-    query.tell(8,
-               rcode_name(answer[3] & 0x0f) + text(", %zu octets", answer.size()) +
-                   (is_cut ? ", TC: there is more" : ""),
-               answer);
+    std::string words = rcode_name(rcode_of(answer)) + text(", %zu octets", answer.size());
+    if (is_truncated(answer)) words += ", TC: there is more";
+    query.tell(8, words, answer);
 }
 
 // Answers a query that is not forwarded.
@@ -210,26 +200,29 @@ static void answer_here(const Query& query, const Verdict& verdict, const Send& 
     if (verdict.action == Action::truncate) answer = truncated_reply(query);
     tell_of_answer(query, answer);
     send(answer);
+    // NOERROR, for resolver.arpa, is no failure. A health check asks for it, and fills no log.
     const bool is_no_error = verdict.action == Action::answer && verdict.rcode == NOERROR;
     if (!is_no_error) report(query, {answer, false, verdict.reason});
 }
 
+// Counts a query in flight, until it is destroyed.
+struct InFlight {
+    InFlight() { unanswered++; }
+    InFlight(const InFlight&) = delete;
+    ~InFlight() { unanswered--; }
+};
+
 // Has a query answered by an upstream, in threads of its own.
-static void forward(std::shared_ptr<const Query> query, Permit permit, const Send& send) {
-    int left = 0;
-    sem_getvalue(&query_permits, &left);
-    count_highest("in_flight_most", settings.queries - left);
-    unanswered++;
-    std::shared_ptr<void> in_flight(nullptr, [](void*) { unanswered--; });
-    const Query& asked = *query;
-    resolve(std::move(query), [=, &asked](const Outcome& outcome) mutable {
-        guard([&] { tell_of_answer(asked, outcome.answer); });
-        // A TCP client may be slow to read. It must not keep a permit meanwhile that others need.
-        if (asked.tcp) permit.reset();
+static void forward(const std::shared_ptr<const Query>& query, std::shared_ptr<Permit> permit,
+                    const Send& send) {
+    count_highest("in_flight_most", int64_t(query_permits.in_use()));
+    const auto in_flight = std::make_shared<InFlight>();
+    resolve(query, [query, permit, in_flight, send](const Outcome& outcome) mutable {
+        guard([&] { tell_of_answer(*query, outcome.answer); });
+        // A TCP client may be slow to read, and must not keep a permit meanwhile that others need.
+        if (query->tcp) permit = nullptr;
         send(outcome.answer);
-        guard([&] { report(asked, outcome); });
-        permit.reset();
-        in_flight.reset();
+        guard([&] { report(*query, outcome); });
     });
 }
 
@@ -263,14 +256,19 @@ static bool take(const Bytes& octets, bool tcp, const Address& client, const Sen
         return true;
     }
 
-    // A TCP client can wait for a permit: it sends no more meanwhile. Over UDP there is nothing to
-    // wait in.
-    Permit permit = tcp ? wait_for(query_permits) : take_if_any(query_permits);
-    if (!permit || is_ending) {
-        answer_here(*query, {Action::answer, SERVFAIL, "too many queries in flight"}, send);
-        return true;
+    // A TCP client's own thread can wait for a permit: it reads no more meanwhile. The thread of a
+    // UDP socket must not.
+    std::shared_ptr<Permit> permit = tcp ? query_permits.wait() : query_permits.take();
+    if (!permit) {
+        verdict = {Action::answer, SERVFAIL, "too many queries in flight"};
+    } else if (is_ending) {
+        verdict = {Action::answer, SERVFAIL, "the program is ending"};
     }
-    forward(query, std::move(permit), send);
+    if (verdict.action == Action::forward) {
+        forward(query, std::move(permit), send);
+    } else {
+        answer_here(*query, verdict, send);
+    }
     return true;
 }
 
@@ -278,14 +276,19 @@ static bool take(const Bytes& octets, bool tcp, const Address& client, const Sen
 
 // A datagram, and the way back to where it came from.
 struct Datagram {
-    // Waits for the next one. Its octets go into `buffer`.
-    Datagram(int fd, Bytes& buffer) : fd(fd) {
+    explicit Datagram(int fd) : fd(fd) {}
+
+    // [1] Waits for the next datagram, and puts its octets into the buffer. Returns false on an
+    // error.
+    bool receive(Bytes& buffer) {
         iovec whole{buffer.data(), buffer.size()};
         msghdr header = header_of(whole);
-        header.msg_controllen = sizeof control;
-        size = recvmsg(fd, &header, 0);
-        keep_asked_address_only(header);
+        const ssize_t got = recvmsg(fd, &header, 0);
+        if (got < 0) return false;
+        answer_from_asked_address(header);
         control_size = header.msg_controllen;
+        octets.assign(buffer.begin(), buffer.begin() + got);
+        return true;
     }
 
     void answer(Bytes message) {
@@ -308,23 +311,22 @@ struct Datagram {
 
     const int fd;
     Address client;
-    ssize_t size = 0;                   // in octets; negative: there was an error
+    Bytes octets;
     alignas(cmsghdr) char control[64];  // which of our addresses was asked
-    size_t control_size = 0;
+    size_t control_size = sizeof control;
 };
 
 static void serve_udp(int fd) {
     Bytes buffer(longest_message);
     for (;;) {
-        const auto datagram = std::make_shared<Datagram>(fd, buffer);  // [1]
-        if (datagram->size < 0) continue;
+        const auto datagram = std::make_shared<Datagram>(fd);
+        if (!datagram->receive(buffer)) continue;  // [1]
         if (!may_ask(datagram->client)) {
             tell_of_refusal(datagram->client, false);
             continue;
         }
-        const Bytes octets(buffer.begin(), buffer.begin() + datagram->size);
-        take(octets, false, datagram->client,  // [2], and a thread for it
-             [datagram](const Bytes& answer) { datagram->answer(answer); });
+        const auto send = [datagram](const Bytes& answer) { datagram->answer(answer); };
+        take(datagram->octets, false, datagram->client, send);  // [2], and a thread for it
     }
 }
 
@@ -332,10 +334,8 @@ static void serve_udp(int fd) {
 
 // A TCP client. Its thread and its queries share it; the last of them closes the stream.
 struct Client {
-    Client(int fd, const Address& address, Permit permit, std::shared_ptr<int> of_host)
-        : fd(fd), address(address), permit(std::move(permit)), of_host(std::move(of_host)) {
-        sem_init(&in_flight, 0, 8);
-    }
+    Client(int fd, const Address& address) : fd(fd), address(address) {}
+    Client(const Client&) = delete;
     ~Client() { close(fd); }
 
     void answer(const Bytes& message) {
@@ -348,28 +348,34 @@ struct Client {
 
     const int fd;
     const Address address;
-    const Permit permit;
-    const std::shared_ptr<int> of_host;  // shared by the clients of its host, to count them
-    sem_t in_flight;                     // permits for so many of its queries
-    std::mutex writing;                  // guards the order of octets
+    std::shared_ptr<Permit> permit;          // to be one of all clients
+    std::shared_ptr<Permits> host;           // for the clients of its host
+    std::shared_ptr<Permit> permit_of_host;  // one of these
+    Permits queries{queries_of_a_client};
+    std::mutex writing;  // guards the order of octets
+};
+
+// For one query of a client. Its permit is given back when its answer has been sent.
+struct WayBack {
+    const std::shared_ptr<Client> client;
+    const std::shared_ptr<Permit> permit;  // It goes first, as it belongs to the client's queries.
 };
 
 static void serve_client(const std::shared_ptr<Client>& client) {
     for (;;) {
-        const Permit permit = wait_for(client->in_flight);
+        const auto permit = client->queries.wait();
         const std::optional<Bytes> octets = read_frame(client->fd);  // [1]
         if (!octets) return;
-        // The lambda holds the permit until the answer has been sent.
-        const auto send = [client, permit](const Bytes& answer) { client->answer(answer); };
+        const auto way_back = std::make_shared<WayBack>(WayBack{client, permit});
+        const auto send = [way_back](const Bytes& answer) { way_back->client->answer(answer); };
         if (!take(*octets, true, client->address, send)) return;  // [2], and a thread for it
     }
 }
 
 static void serve_tcp(int listener) {
-    constexpr long most_of_a_host = 64;
-    std::map<std::string, std::shared_ptr<int>> hosts;  // those that have clients
+    std::map<std::string, std::shared_ptr<Permits>> hosts;  // those that have clients
     for (;;) {
-        Permit permit = wait_for(client_permits);  // Others wait in the backlog.
+        const auto permit = client_permits.wait();  // More clients wait in the backlog.
         Address address;
         socklen_t size = sizeof address;
         const int fd = accept4(listener, &address.any, &size, SOCK_CLOEXEC);
@@ -377,24 +383,27 @@ static void serve_tcp(int listener) {
             std::this_thread::sleep_for(milliseconds(20));
             continue;
         }
+        const auto client = std::make_shared<Client>(fd, address);  // It closes fd, in any case.
+        client->permit = permit;
+        if (!may_ask(address)) {
+            tell_of_refusal(address, true);
+            continue;
+        }
+        std::erase_if(hosts, [](const auto& host) { return host.second->in_use() == 0; });
+        std::shared_ptr<Permits>& host = hosts[host_of(address)];
+        if (!host) host = std::make_shared<Permits>(clients_of_a_host);
+        client->host = host;
+        client->permit_of_host = host->take();
+        if (!client->permit_of_host) {
+            count("denied");
+            continue;
+        }
         // RFC 7766 6.2.3. On Linux a limit holds for all the waits of one call, so that a client
         // which sends or takes an octet now and then gains nothing.
         set_option(fd, SOL_SOCKET, SO_RCVTIMEO, timeval{10, 0});
         set_option(fd, SOL_SOCKET, SO_SNDTIMEO, timeval{3, 0});
         set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
-
-        std::erase_if(hosts, [](const auto& host) { return host.second.use_count() == 1; });
-        std::shared_ptr<int>& of_host = hosts[host_of(address)];
-        if (!of_host) of_host = std::make_shared<int>();
-        const bool are_too_many = of_host.use_count() > most_of_a_host;  // The map has one use.
-        const auto client = std::make_shared<Client>(fd, address, std::move(permit), of_host);
-        if (!may_ask(address)) {
-            tell_of_refusal(address, true);
-        } else if (are_too_many) {
-            count("denied");
-        } else {
-            detach([client] { serve_client(client); });
-        }
+        detach([client] { serve_client(client); });
     }
 }
 
@@ -431,20 +440,22 @@ static std::string why_not_bound(const Address& address, int error) {
 
 // Opens a socket for the life of the process. Throws std::system_error that says what to do.
 static int open_listener(const Address& address, int type) {
+    const auto fail = [&address](int error) {
+        throw std::system_error(error, std::generic_category(), why_not_bound(address, error));
+    };
     const int fd = socket(address.any.sa_family, type | SOCK_CLOEXEC, 0);
+    if (fd < 0) fail(EAFNOSUPPORT);
     if (type == SOCK_STREAM) set_option(fd, SOL_SOCKET, SO_REUSEADDR, 1);
     // A burst waits in this buffer, not in threads. In octets.
     if (type == SOCK_DGRAM) set_option(fd, SOL_SOCKET, SO_RCVBUF, 1 << 20);
+    report_asked_address(fd, address.is_v4());  // RFC 2181 4: the answer is to leave from there.
     if (!address.is_v4()) {
         set_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, 1);
         allow_absent_address(fd);
     }
-    ask_for_asked_address(fd, address.is_v4());  // RFC 2181 4: the answer is to leave from there.
-    const bool is_bound = bind(fd, &address.any, address.size()) == 0;
-    if (is_bound && (type == SOCK_DGRAM || listen(fd, SOMAXCONN) == 0)) return fd;
-    const int error = fd < 0 ? EAFNOSUPPORT : errno;
-    close(fd);
-    throw std::system_error(error, std::generic_category(), why_not_bound(address, error));
+    if (bind(fd, &address.any, address.size()) != 0) fail(errno);
+    if (type == SOCK_STREAM && listen(fd, SOMAXCONN) != 0) fail(errno);
+    return fd;
 }
 
 static std::vector<Listener> open_listeners() {
@@ -555,7 +566,7 @@ int main(int argc, char** argv) {
     try {
         parse_options(argc, argv);
 
-        // Signals wait for sigwait() in all threads. SIGPIPE waits for ever.
+        // These signals are blocked in all threads. sigwait() takes them; nobody takes SIGPIPE.
         sigset_t signals;
         sigemptyset(&signals);
         for (int signal : {SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGPIPE}) sigaddset(&signals, signal);
@@ -565,14 +576,13 @@ int main(int argc, char** argv) {
         prepare();
         const std::vector<Listener> listeners = open_listeners();
         become_user();
-        give_up_new_privileges();
+        gain_no_privileges();
 
-        sem_init(&query_permits, 0, unsigned(settings.queries));
-        sem_init(&client_permits, 0, 256);
+        query_permits.set_most(size_t(settings.queries));
         keep_doing(keep_warm);
-        for (const auto& [fd, type] : listeners) {
-            if (type == SOCK_DGRAM) keep_doing([fd = fd] { serve_udp(fd); });
-            if (type == SOCK_STREAM) keep_doing([fd = fd] { serve_tcp(fd); });
+        for (const Listener& one : listeners) {
+            if (one.type == SOCK_DGRAM) keep_doing([one] { serve_udp(one.fd); });
+            if (one.type == SOCK_STREAM) keep_doing([one] { serve_tcp(one.fd); });
         }
         detach([] { say(ready_line()); });
         notify_service_manager();
