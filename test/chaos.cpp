@@ -280,6 +280,7 @@ public:
     ~Chaos() { stop(); }
     void start() {
         over_ = false;
+        rounds_++;
         for (int i = 0; i < honest_clients; i++)
             begin([this, i] {
                 Random random(unsigned(100 + i + 1000 * rounds_));
@@ -309,7 +310,6 @@ public:
                 keep_most(tally.stalled_ms, int(1000 * since(before)) - 22);
             }
         });
-        rounds_++;
     }
     void stop() {
         over_ = true;
