@@ -1610,18 +1610,22 @@ static int on_ticket(SSL* ssl, SSL_SESSION* session) {
     // 1.2 it means nothing. OpenSSL sees when the lifetime is over.
     if (lifetime > 7 * 86400) return 0;
     if (lifetime == 0 && SSL_version(ssl) >= TLS1_3_VERSION) return 0;
-    // A copy: the original belongs to a connection, which another thread may be using.
-    const Session copy(SSL_SESSION_dup(session), SSL_SESSION_free);
-    if (copy) upstream.tickets.keep(copy);
+    guard([&] {  // No exception may pass through OpenSSL.
+        // A copy: the original belongs to a connection, which another thread may be using.
+        const Session copy(SSL_SESSION_dup(session), SSL_SESSION_free);
+        if (copy) upstream.tickets.keep(copy);
+    });
     return 0;
 }
 
 static int keylog_file = -1;
 
 static void write_key(const SSL*, const char* line) {
-    const std::string whole = std::string(line) + "\n";
-    const ssize_t written = write(keylog_file, whole.data(), whole.size());
-    (void)written;  // It is a help, and must not stop anybody.
+    guard([line] {
+        const std::string whole = std::string(line) + "\n";
+        const ssize_t written = write(keylog_file, whole.data(), whole.size());
+        (void)written;  // It is a help, and must not stop anybody.
+    });
 }
 
 static void log_keys() {
