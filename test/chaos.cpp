@@ -281,16 +281,17 @@ public:
     }
     void start() {
         over_ = false;
+        const int round = rounds_++;
         for (int i = 0; i < honest_clients; i++)
-            begin([this, i] {
-                Random random(unsigned(100 + i + 1000 * rounds_));
+            begin([this, i, round] {
+                Random random(unsigned(100 + i + 1000 * round));
                 for (int n = 0; !over_; n++) {
                     ask(proxy_->port, address(60 + i, n), random, tally);
                     usleep(useconds_t(random.below(60000)));
                 }
             });
-        begin([this] {
-            Bad bad(proxy_->port, unsigned(7 + rounds_));
+        begin([this, round] {
+            Bad bad(proxy_->port, unsigned(7 + round));
             for (; !over_; usleep(memory_counts ? 40000 : 100000)) bad.step();
             met_ += bad.met;
         });
@@ -307,7 +308,6 @@ public:
                 keep_most(tally.stalled_ms, int(1000 * since(before)) - 10);
             }
         });
-        rounds_++;
     }
     void stop() {
         over_ = true;
