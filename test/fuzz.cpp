@@ -63,7 +63,7 @@ static Octets lengthened(Octets m, size_t more) {
 
 // ---- query: any octets -------------------------------------------------------------------------
 
-// An id that begins with L makes it 16,000 octets longer, so that pointers come to their end; one
+// An id that begins with L makes it 16,256 octets longer, so that pointers come to their end; one
 // that begins with X makes it as long as a message can be, but the id's second octet.
 
 // The proxy's own answers: of the query nothing but its head, and room for an OPT with an EDE.
@@ -101,7 +101,7 @@ static void check_padded(const Query& q, const Octets& padded) {
 
 static void query(const Octets& in) {
     Octets octets = in;
-    if (in.size() >= 12 && in[0] == 'L') octets = lengthened(in, 16000);
+    if (in.size() >= 12 && in[0] == 'L') octets = lengthened(in, 16256);
     if (in.size() >= 12 && in[0] == 'X')
         octets = lengthened(in, longest_message - in[1] - in.size());
     const Query q{octets, true};
@@ -140,7 +140,7 @@ static void query(const Octets& in) {
 // ---- answer: FLAGS, the query's length in two octets, the query, the answer --------------------
 
 // FLAGS 1: over TCP. 2: the answer gets the query's head and QR, so that more of them match. 4: it
-// becomes 16,000 octets longer. The other bits: --max-udp.
+// becomes 16,256 octets longer. The other bits: --max-udp.
 static void answer(const Octets& in) {
     if (in.size() < 3) return;
     const size_t length = std::min<size_t>(size_t(get16(in, 1)), in.size() - 3);
@@ -156,7 +156,7 @@ static void answer(const Octets& in) {
         a.erase(a.begin(), a.begin() + 8);
         a.insert(a.begin(), head.begin(), head.end());
     }
-    if (in[0] & 4 && a.size() >= 12) a = lengthened(a, 16000);
+    if (in[0] & 4 && a.size() >= 12) a = lengthened(a, 16256);
     const Layout l = parse(a);
     CHECK_EQ(fault_of(annotate(a), a), "");
     if (!matches(q, a, l)) return;

@@ -53,12 +53,14 @@ static void save_pair(const std::string& dir, int flags, const Octets& query,
 }
 
 // A message with records behind its OPT record, whose names point to before it, to each other and,
-// if `into_opt`, into it. So may servers write them; few do.
-static Octets opt_inside(const std::string& name, int flags, const Edns& edns, bool into_opt) {
+// if `into_opt`, into it. So may servers write them; few do. What comes behind the question will be
+// moved by so many octets `more`.
+static Octets opt_inside(const std::string& name, int flags, const Edns& edns, bool into_opt,
+                         size_t more) {
     Octets m = make_query(name, 1, {}, 0x1234, flags);
     m[9] = 1;   // NS
     m[11] = 5;  // OPT, MX, A, SOA, CNAME
-    const auto pointer = [&m](size_t to) { append16(m, 0xc000 | int(to)); };
+    const auto pointer = [&](size_t to) { append16(m, 0xc000 | int(to == 12 ? 12 : to + more)); };
     pointer(12);
     append(m, {0, 2, 0, 1, 0, 0, 1, 0, 0, 5, 2, 'n', 's'});
     pointer(12);
@@ -97,16 +99,18 @@ int main(int argc, char** argv) try {
         for (int flags : {0, 1, 0xfc}) save_pair(dir, flags, q, seen.answers.back());
     }
     const Octets padding{0, 12, 0, 3, 0, 0, 0, 0, 11, 0, 2, 0, 9, 0, 15, 0, 4, 0, 23, 'x', 'y'};
-    for (const bool into_opt : {false, true}) {
-        const Octets a = opt_inside("a.test", 0x8180, {1232, false, padding}, into_opt);
-        for (const Octets& q : {make_query("A.tesT"), make_query("A.tesT", 1, Edns{})})
-            for (int flags : {0, 1, 4, 5}) save_pair(dir, flags, q, a);
-        Octets q = opt_inside("a.test", 0x0100, {1232, true, padding}, into_opt);
-        for (int first : {0x12, int('L'), int('X')}) {
-            q[0] = uint8_t(first);
-            save(dir + "/query", q);
-        }
-    }
+    for (const bool into_opt : {false, true})
+        for (const std::string& name : {std::string("a.test"), std::string(40, 'a') + ".test"})
+            for (const size_t more : {0, 16256}) {  // see fuzz.cpp
+                const Octets a = opt_inside(name, 0x8180, {1232, false, padding}, into_opt, more);
+                for (const Octets& q : {make_query(name), make_query(name, 1, Edns{})})
+                    for (int flags : {0, 1}) save_pair(dir, more ? flags | 4 : flags, q, a);
+                Octets q = opt_inside(name, 0x0100, {1232, true, padding}, into_opt, more);
+                for (int first : {more ? int('L') : 0x12, int('X')}) {
+                    q[0] = uint8_t(first);
+                    save(dir + "/query", q);
+                }
+            }
     // Options that have no room in an answer that is cut.
     Octets options{0, 100, 2, 0};
     options.resize(options.size() + 512);
