@@ -422,7 +422,7 @@ static void run_chaos(const Proxy::Words& more) {
     chaos.print_figures();
     const Tally& tally = chaos.tally;
     const int asked = tally.asked, good = tally.good, none = tally.none, wrong = tally.wrong;
-    const int late = tally.late;
+    const int late = tally.late, failed = tally.failed;
     chaos.start();
     sleep(1);
     const double took = chaos.end();  // amid all of it
@@ -432,6 +432,8 @@ static void run_chaos(const Proxy::Words& more) {
     CHECK_EQ(late, 0);
     CHECK_WHY(took < 4 + 3 * slack, std::to_string(took));
     CHECK(good > asked / 2);
+    // One resolver is always good, and asked in time.
+    CHECK_WHY(failed <= asked / (memory_counts ? 100 : 8), std::to_string(failed) + " failed");
     CHECK_WHY(last.threads <= first.threads + 4, std::to_string(last.threads) + " threads");
     // A few connections of each upstream may be ready.
     CHECK_WHY(last.files <= first.files + 8, std::to_string(last.files) + " files");
