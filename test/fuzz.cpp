@@ -1,7 +1,7 @@
 // fuzz.cpp - the pure functions of dot.hpp under octets of any kind, for libFuzzer: `make fuzz`.
 //
 // Built once for each target, with -DTARGET=query, answer or options. What must hold is stated at
-// each target; a second reader of messages (Answer of program.hpp) judges what the first one made.
+// each target; a second reader of messages (reading.hpp) judges what the first one made.
 #include <openssl/evp.h>
 
 #include <algorithm>
@@ -41,19 +41,30 @@ static Layout whole(const Octets& m) {
     return l;
 }
 
-// Whether a record that is not the OPT could keep it from moving: a pointer into it, or one so far
-// behind that it cannot be written when it moves.
-static bool has_odd_pointer(const Octets& m, const Layout& l) {
-    for (size_t at = 12; at + 2 <= m.size(); at++) {
-        const size_t target = size_t(get16(m, at) & 0x3fff);
-        const bool is_pointer = get16(m, at) >= 0xc000;
-        if (is_pointer && target >= l.opt && target < l.opt_end) return true;
-        if (is_pointer && target + 300 > 0x3fff) return true;
-    }
-    return false;
+// The size of an OPT record with these options.
+static size_t opt_size(const ::Options& options) {
+    size_t size = 11;
+    for (auto& [code, data] : options) size += 4 + data.size();
+    return size;
+}
+
+// The message with so many octets more: a TXT record before all other records. What is only so in
+// long messages is found in this way without long inputs.
+static Octets lengthened(Octets m, size_t more) {
+    const size_t at = parse(m).question_end;
+    if (more < 11 || get16(m, 6) == 0xffff) return m;
+    if (++m[7] == 0) m[6]++;
+    const size_t data = more - 11;
+    Octets record{0, 0, 16, 0, 1, 0, 0, 0, 0, uint8_t(data >> 8), uint8_t(data)};
+    record.resize(more);
+    m.insert(m.begin() + long(at), record.begin(), record.end());
+    return m;
 }
 
 // ---- query: any octets -------------------------------------------------------------------------
+
+// An id that begins with L makes it 16,000 octets longer, so that pointers come to their end; one
+// that begins with X makes it as long as a message can be, but the id's second octet.
 
 // The proxy's own answers: of the query nothing but its head, and room for an OPT with an EDE.
 static void check_reply(const Query& q, const Octets& r, int rcode, bool truncated, bool ede) {
@@ -68,28 +79,31 @@ static void check_reply(const Query& q, const Octets& r, int rcode, bool truncat
     CHECK_EQ(options_but(r, own).size(), size_t(l.opt && ede));
 }
 
-// Padded: a multiple of 128, or unchanged if it had to be. Nothing but the OPT differs.
+// Padded to the next multiple of 128, unless it is signed, has octets behind its records, would
+// become too long, or has a pointer that cannot move. Nothing but the OPT record differs.
 static void check_padded(const Query& q, const Octets& padded) {
-    const Layout &l = q.layout, p = parse(padded);
-    CHECK_WHY(!p.fault, p.fault);
-    CHECK(padded.size() <= longest_message && padded.size() <= q.octets.size() + 11 + 4 + 127);
-    CHECK(Reading(padded).records == Reading(q.octets).records);
-    if (l.is_signed || l.end != q.octets.size()) {
+    const Layout& l = q.layout;
+    const Reading before(q.octets);
+    ::Options want = options_but(q.octets, l, {padding});
+    const size_t rest = q.octets.size() - (l.opt_end - l.opt);
+    const size_t size = (rest + opt_size(want) + 4 + 127) / 128 * 128;
+    const bool stays = l.is_signed || l.end != q.octets.size() || size > longest_message ||
+                       (l.opt && before.keeps_opt_from_moving(size - rest));
+    if (stays) {
         CHECK(padded == q.octets);
         return;
     }
-    if (padded == q.octets && padded.size() + 11 + 4 + 127 > longest_message) return;
-    if (padded == q.octets && has_odd_pointer(q.octets, l)) return;
-    CHECK_EQ(padded.size() % 128, 0u);
-    whole(padded);
-    ::Options after = options_but(padded, p);
-    CHECK(!after.empty() && after.back().first == padding);
-    for (uint8_t octet : after.back().second) CHECK_EQ(int(octet), 0);  // RFC 7830 3
-    after.pop_back();
-    CHECK(after == options_but(q.octets, l, {padding}));
+    CHECK_EQ(padded.size(), size);
+    want.push_back({padding, Octets(size - rest - opt_size(want) - 4)});  // zeros, RFC 7830 3
+    CHECK(options_but(padded, whole(padded)) == want);
+    CHECK(Reading(padded).records == before.records);
 }
 
-static void query(const Octets& octets) {
+static void query(const Octets& in) {
+    Octets octets = in;
+    if (in.size() >= 12 && in[0] == 'L') octets = lengthened(in, 16000);
+    if (in.size() >= 12 && in[0] == 'X')
+        octets = lengthened(in, longest_message - in[1] - in.size());
     const Query q{octets, true};
     CHECK_EQ(fault_of(annotate(octets), octets), "");
     const Action action = judge(q).action;
@@ -114,19 +128,19 @@ static void query(const Octets& octets) {
     const Layout l = parse(back);
     CHECK(matches(q, back, l));
     const auto clean = ::unpad(q, back, l);
-    if (!clean) {
-        CHECK(!l.is_signed && has_odd_pointer(back, l));
-        return;
-    }
+    const ::Options options = options_but(want, q.layout, {keepalive, padding});
+    const bool stays = q.layout.opt && Reading(back).keeps_opt_from_moving(opt_size(options));
+    CHECK_EQ(!clean, !l.is_signed && stays);
+    if (!clean) return;
     CHECK(Reading(*clean).records == Reading(want).records);
     if (q.layout.is_signed) return;
-    CHECK(options_but(*clean, parse(*clean)) == options_but(want, q.layout, {keepalive, padding}));
+    CHECK(options_but(*clean, parse(*clean)) == options);
 }
 
 // ---- answer: FLAGS, the query's length in two octets, the query, the answer --------------------
 
-// FLAGS 1: over TCP. 2: the answer gets the query's head and QR, so that more of them match.
-// The other bits: --max-udp.
+// FLAGS 1: over TCP. 2: the answer gets the query's head and QR, so that more of them match. 4: it
+// becomes 16,000 octets longer. The other bits: --max-udp.
 static void answer(const Octets& in) {
     if (in.size() < 3) return;
     const size_t length = std::min<size_t>(size_t(get16(in, 1)), in.size() - 3);
@@ -142,16 +156,18 @@ static void answer(const Octets& in) {
         a.erase(a.begin(), a.begin() + 8);
         a.insert(a.begin(), head.begin(), head.end());
     }
+    if (in[0] & 4 && a.size() >= 12) a = lengthened(a, 16000);
     const Layout l = parse(a);
     CHECK_EQ(fault_of(annotate(a), a), "");
     if (!matches(q, a, l)) return;
     CHECK(!l.fault && get16(a, 0) == get16(q.octets, 0) && (a[2] & 0x80));
     const auto clean = ::unpad(q, a, l);
     const bool extended = l.opt && !q.layout.opt && a[l.opt + 5] != 0;  // the rcode
-    if (!clean) {
-        CHECK(!l.is_signed && (extended || has_odd_pointer(a, l)));
-        return;
-    }
+    const ::Options options = options_but(a, l, {keepalive, padding});
+    const size_t new_size = q.layout.opt ? opt_size(options) : 0;
+    const bool stays = l.opt && Reading(a).keeps_opt_from_moving(new_size);
+    CHECK_EQ(!clean, !l.is_signed && (extended || stays));
+    if (!clean) return;
     const Layout c = parse(*clean);
     CHECK_WHY(!c.fault, c.fault);
     if (l.is_signed) {
@@ -164,11 +180,11 @@ static void answer(const Octets& in) {
                       spelt.begin() + 12);
         CHECK(Reading(*clean).records == Reading(spelt).records);
         CHECK_EQ(c.opt != 0, l.opt && q.layout.opt);
-        if (c.opt) CHECK(options_but(*clean, c) == options_but(a, l, {keepalive, padding}));
+        if (c.opt) CHECK(options_but(*clean, c) == options);
         CHECK_EQ(records(*clean), records(a) - (l.opt && !c.opt));
     }
     CHECK(std::equal(clean->begin(), clean->begin() + 4, a.begin()));  // id, flags, rcode
-    const size_t most = 512 + size_t(in[0] >> 2) * 16;
+    const size_t most = 512 + size_t(in[0] >> 3) * 32;
     const size_t udp = std::clamp<size_t>(q.layout.udp_size, 512, most);
     const size_t limit = q.tcp ? longest_message : udp;
     const Octets short_one = cut(q, *clean, most);

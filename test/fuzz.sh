@@ -3,14 +3,15 @@
 # seeds; there the corpus grows from run to run. What is found stays there too. Fails on any finding.
 set -u
 for_each=$1 dir=$2 here=$(dirname "$0") failed=0
-flags="-std=c++20 -O1 -g -pthread -fsanitize=fuzzer,address,undefined -fno-sanitize=vptr"
-flags+=" -fno-sanitize-recover=all"
+flags="-std=c++20 -O1 -g -pthread -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all"
 echo 'extern "C" int LLVMFuzzerTestOneInput(const char*, unsigned long) { return 0; }' |
-    clang++ $flags -x c++ - -o "$dir/probe" 2>/dev/null ||
+    clang++ $flags -fsanitize=fuzzer -x c++ - -o "$dir/probe" 2>/dev/null ||
     { echo "needs clang++ with libFuzzer: apt-get install clang libclang-rt-dev" >&2; exit 1; }
+# libFuzzer looks for new paths in the program, not in its judge.
+clang++ $flags -fsanitize=fuzzer-no-link -c "$here/../dot.cpp" -o "$dir/dot.o" || exit 1
 for target in query answer options; do
-    clang++ $flags -DTARGET=$target -I"$here/.." "$here/fuzz.cpp" "$here/../dot.cpp" \
-        -lssl -lcrypto -o "$dir/fuzz-$target" || exit 1
+    clang++ $flags -DTARGET=$target -I"$here/.." -c "$here/fuzz.cpp" -o "$dir/$target.o" &&
+        clang++ $flags -fsanitize=fuzzer "$dir/$target.o" "$dir/dot.o" -lssl -lcrypto -o "$dir/fuzz-$target" || exit 1
 done
 for target in query answer options; do
     mkdir -p "$dir/corpus/$target"

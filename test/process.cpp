@@ -25,6 +25,7 @@ TEST("process.sigterm_finishes_queries_in_flight") {  // (117)
 TEST("process.sigint_and_totals") {
     Pair p;
     CHECK(p.proxy.tcp(make_query("a.test")));
+    CHECK(p.proxy.prints("SUCCESS "));  // A query is counted after its client has the answer.
     kill(p.proxy.pid(), SIGUSR1);
     CHECK(p.proxy.prints("TOTALS "));
     for (auto [name, number] : {std::pair("udp", 0), {"tcp", 1}, {"success", 1}, {"failure", 0}})

@@ -250,14 +250,16 @@ inline std::string fault_of(const std::string& text, const Octets& m) {
     while (std::getline(lines, line)) {
         char two[4] = "";
         if (at < m.size()) snprintf(two, sizeof two, " %02x", m[at]);
-        size_t same = at;
-        while (same < m.size() && m[same] == m[at]) same++;
         size_t next = at;
-        for (; same > at + 16; same--)  // " 00 * 84"
-            if (line.ends_with(two + (" * " + std::to_string(same - at)))) {
-                next = same;
-                break;
-            }
+        const size_t star = line.rfind(" * ");  // " 00 * 84"
+        if (star != line.npos && line.substr(0, star).ends_with(two)) {
+            const std::string digits = line.substr(star + 3);
+            const bool is_number = digits.find_first_not_of("0123456789") == digits.npos;
+            const size_t size = is_number && digits.size() <= 5 ? size_t(atoi(digits.c_str())) : 0;
+            size_t same = at;
+            while (same < m.size() && m[same] == m[at]) same++;
+            if (size > 16 && size <= same - at) next = at + size;
+        }
         const bool is_short = next != at;
         std::string hex;
         for (size_t o = at; !is_short && o < m.size() && hex.size() < line.size(); o++) {

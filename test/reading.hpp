@@ -23,6 +23,19 @@ public:
         records.push_back("rest " + hex(at, m.size()));
     }
 
+    // Whether another OPT record, of that size, cannot take the place of this one: a pointer goes
+    // into it, or so far behind it that the place it would move to cannot be written.
+    bool keeps_opt_from_moving(size_t size) const {
+        if (opt.second == m.size()) return false;  // Nothing moves.
+        for (size_t pointer : pointers) {
+            const size_t target = size_t(get16(m, pointer) & 0x3fff);
+            if (target >= opt.first && target < opt.second) return true;
+            if (target >= opt.second && target - opt.second + opt.first + size > 0x3fff)
+                return true;
+        }
+        return false;
+    }
+
     std::vector<std::string> records;
 
 private:
@@ -131,11 +144,11 @@ private:
     }
 
     std::string hex(size_t from, size_t to) const {
+        static const char digits[] = "0123456789abcdef";
         std::string out;
-        char two[4];
         for (size_t i = from; i < to && i < m.size(); i++) {
-            snprintf(two, sizeof two, "%02x", m[i]);
-            out += two;
+            out += digits[m[i] >> 4];
+            out += digits[m[i] & 15];
         }
         return out;
     }

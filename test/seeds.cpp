@@ -52,6 +52,36 @@ static void save_pair(const std::string& dir, int flags, const Octets& query,
     save(dir + "/answer", in);
 }
 
+// A message with records behind its OPT record, whose names point to before it, to each other and,
+// if `into_opt`, into it. So may servers write them; few do.
+static Octets opt_inside(const std::string& name, int flags, const Edns& edns, bool into_opt) {
+    Octets m = make_query(name, 1, {}, 0x1234, flags);
+    m[9] = 1;   // NS
+    m[11] = 5;  // OPT, MX, A, SOA, CNAME
+    const auto pointer = [&m](size_t to) { append16(m, 0xc000 | int(to)); };
+    pointer(12);
+    append(m, {0, 2, 0, 1, 0, 0, 1, 0, 0, 5, 2, 'n', 's'});
+    pointer(12);
+    const size_t opt = m.size();
+    append(m, opt_record(edns));
+    const size_t mail = m.size();
+    append(m, {4, 'm', 'a', 'i', 'l'});
+    pointer(12);
+    append(m, {0, 15, 0, 1, 0, 0, 1, 0, 0, 4, 0, 10});
+    pointer(mail);
+    pointer(mail);
+    append(m, {0, 1, 0, 1, 0, 0, 1, 0, 0, 4, 192, 0, 2, 1});
+    pointer(into_opt ? opt : 12);
+    append(m, {0, 6, 0, 1, 0, 0, 1, 0, 0, 26});
+    pointer(mail);
+    append(m, {1, 'h'});
+    pointer(mail + 19);  // what the MX record points to: a pointer to a pointer
+    m.insert(m.end(), 20, 0);
+    pointer(mail);
+    append(m, {0, 5, 0, 1, 0, 0, 1, 0, 0, 3, 1, 'x', 0});
+    return m;
+}
+
 int main(int argc, char** argv) try {
     if (argc != 2) return 2;
     const std::string dir = argv[1];
@@ -65,6 +95,17 @@ int main(int argc, char** argv) try {
         const Seen seen = upstream.seen();
         if (seen.answers.size() == before) continue;
         for (int flags : {0, 1, 0xfc}) save_pair(dir, flags, q, seen.answers.back());
+    }
+    const Octets padding{0, 12, 0, 3, 0, 0, 0, 0, 11, 0, 2, 0, 9, 0, 15, 0, 4, 0, 23, 'x', 'y'};
+    for (const bool into_opt : {false, true}) {
+        const Octets a = opt_inside("a.test", 0x8180, {1232, false, padding}, into_opt);
+        for (const Octets& q : {make_query("A.tesT"), make_query("A.tesT", 1, Edns{})})
+            for (int flags : {0, 1, 4, 5}) save_pair(dir, flags, q, a);
+        Octets q = opt_inside("a.test", 0x0100, {1232, true, padding}, into_opt);
+        for (int first : {0x12, int('L'), int('X')}) {
+            q[0] = uint8_t(first);
+            save(dir + "/query", q);
+        }
     }
     // Options that have no room in an answer that is cut.
     Octets options{0, 100, 2, 0};
