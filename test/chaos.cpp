@@ -101,7 +101,7 @@ public:
         upstream_ = std::make_unique<Upstream>(certificates_, Options{.port = port_});
         restarts++;
     }
-    int changes = 0, restarts = 0;
+    std::atomic<int> changes{0}, restarts{0};
 
 private:
     const Certificates& certificates_;
@@ -423,6 +423,7 @@ static void run_chaos(const Proxy::Words& more) {
     printf("CPU: %.1f s, and %.1f s of the clients and resolvers, on %ld cores\n",
            cpu_seconds(chaos.pid()), cpu_seconds(getpid()), sysconf(_SC_NPROCESSORS_ONLN));
     const int none = tally.none, wrong = tally.wrong, late = tally.late;
+    const int good = tally.good, asked = tally.asked;
     const double took = chaos.end();  // amid all of it
     printf("it ended after %.1f s\n", took);
     chaos.print_figures();
@@ -430,7 +431,7 @@ static void run_chaos(const Proxy::Words& more) {
     CHECK_EQ(wrong, 0);
     CHECK_EQ(late, 0);
     CHECK_WHY(took < 4 + 3 * slack, std::to_string(took));
-    CHECK(tally.good > tally.asked / 2);
+    CHECK_WHY(good > asked / 2, std::to_string(good) + " of " + std::to_string(asked));
     CHECK_WHY(last.threads <= first.threads + 4, std::to_string(last.threads) + " threads");
     // A few connections of each upstream may be ready.
     CHECK_WHY(last.files <= first.files + 8, std::to_string(last.files) + " files");
