@@ -30,8 +30,7 @@ static std::mutex printing;
 
 void say(std::string line) {
     line += '\n';
-    // A pipe takes a short line in one piece. With -vv lines are longer, and must wait for each
-    // other.
+    // A pipe takes a short line in one piece, so that no lock is needed. With -vv lines are longer.
     std::unique_lock<std::mutex> lock(printing, std::defer_lock);
     if (settings.verbose >= 2) lock.lock();
     const ssize_t written = write(STDOUT_FILENO, line.data(), line.size());
@@ -121,9 +120,7 @@ static std::string advice_on_address(const std::string& from) {
     const size_t colon = from.rfind(':');
     std::string host = from;
     std::string port;
-    if (from.ends_with(']')) {
-        host = from;
-    } else if (colon != from.npos) {
+    if (colon != from.npos && !from.ends_with(']')) {
         host = from.substr(0, colon);
         port = "@" + from.substr(colon + 1);
     }
@@ -155,12 +152,12 @@ std::string parse_network(const std::string& from) {
     if (host.find('@') != host.npos) throw BadOption("a network has no port; write ADDR[/LENGTH]");
     const Address address = parse_address(host, 0);
     const std::string bits = address.bits();
-    const int longest = int(bits.size()) - 1;
+    const int longest = int(bits.size()) - 1;  // The first of them is the family.
     int length = longest;
     if (slash != from.npos) length = parse_number(from.substr(slash + 1), 0, longest);
 
-    // 10.0.0.1/8 could mean a host or a network, and 0.0.0.0 could mean nobody or everybody. The
-    // first of the bits is the family, so bit number n stands at index n.
+    // 10.0.0.1/8 could mean a host or a network, and 0.0.0.0 could mean nobody or everybody. Bit
+    // number n of the address, from 1 on, stands at index n.
     const size_t last_one = bits.find_last_of('1');
     if (last_one != bits.npos && int(last_one) > length)
         throw BadOption("the address has bits behind the first " + std::to_string(length) +
@@ -309,9 +306,10 @@ static void append16(Bytes& m, size_t value) {
 }
 static void append(Bytes& m, const Bytes& more) { m.insert(m.end(), more.begin(), more.end()); }
 
-// A record type, and where the names in its data are: behind `names_at` octets there are `names` of
-// them. They may be compressed (RFC 1035; RFC 3597 4 for some later types), so when an OPT record
-// before them changes its size, the pointers in them must change as well: see replace_opt().
+// A record type. Domain names may be in its data: `names` of them, from octet `names_at` on. They
+// may be compressed (RFC 1035; RFC 3597 4 for some later types). When an OPT record grows or
+// shrinks, all that follows it moves, and the pointers in these names must be corrected: see
+// replace_opt().
 struct TypeRow {
     int type;
     const char* name;
@@ -389,8 +387,8 @@ struct Malformed {
     const char* what;
 };
 
-// Reads a message from front to back. Each function passes a field and notes it, if somebody wants
-// to print the fields. It throws Malformed if the message ends too soon.
+// Reads a message from front to back. Each function moves past one field, and notes it if somebody
+// wants to print the fields. It throws Malformed if the message ends too soon.
 class Cursor {
 public:
     Cursor(const Bytes& message, size_t at, std::vector<Field>* fields = nullptr)
@@ -417,7 +415,7 @@ public:
     // it may be a circle. Returns where that pointer is; 0: there is none.
     size_t name(bool may_have_pointer) {
         const size_t start = at;
-        size_t end = at;
+        size_t end = at;  // It runs ahead; `at` stays until the whole name has been seen.
         for (;;) {
             require(end - start + 1);
             const int length = message[end];
@@ -459,6 +457,7 @@ static void read_opt(Cursor& in, size_t start, int section, Layout& layout) {
     const Malformed malformed{"a malformed OPT"};
     if (layout.opt) throw Malformed{"more than one OPT"};
     const bool owner_is_root = in.at - start == 1 + 2;  // a zero, and the type
+    // What is known is set at once: if the rest is malformed, FORMERR has an OPT record as well.
     layout.opt = start;
     layout.udp_size = size_t(in.number("UDP size"));
     const size_t opt_flags_at = in.at + 2;  // behind the upper bits of the rcode, and the version
@@ -638,12 +637,14 @@ std::string annotate(const Bytes& m) {
     for (size_t i = 0; i < fields.size(); i++) {
         const Field& field = fields[i];
         const size_t end = i + 1 < fields.size() ? fields[i + 1].begin : m.size();
-        if (field.begin == m.size()) break;
+        if (field.begin == m.size()) break;  // Nothing follows the last record.
         const std::string hex = in_hex(m, field.begin, end);
         std::string meaning = meaning_of(m, field, end);
+        // Padding would be many dots: "00 * 84" stands in both columns instead.
         if (field.kind == Field::DATA && is_monotonous(m, field.begin, end)) meaning = hex;
         for (char& c : meaning)
             if (c < ' ' || c > '~') c = '.';  // Nothing that a terminal would obey.
+        // text() takes 1,023 characters: 800 leave room for the label.
         lines += text("\n        %-12s %-28.800s", field.label, meaning.c_str()) + hex;
     }
     return lines;
@@ -669,6 +670,7 @@ void Query::tell(int step, const std::string& what, const Bytes& message) const 
         const size_t size = message.size();
         // Over TLS, and to and from a TCP client, a message has its length before it.
         if (tcp || step == 5 || step == 6)
+            // In the columns of annotate(): the octets begin behind 42 characters.
             line += text("\n        %-42s%02zx %02zx", "length", size >> 8, size & 0xff);
         line += annotate(message);
     }
@@ -689,14 +691,15 @@ static bool asks_for_resolver_arpa(const Query& query) {
     return std::equal(wanted.begin(), wanted.end(), &q[at], equals_without_case);
 }
 
+static int opcode_of(const Bytes& m) { return (get16(m, flags_at) & FLAGS_OPCODE) >> 11; }
+
 Verdict judge(const Query& query) {  // [2]
     const Bytes& q = query.octets;
     const int type = query.layout.type;
     if (q.size() < header_size) return {Action::ignore, NOERROR, "shorter than a header"};
-    const int flags = get16(q, flags_at);
-    const int opcode = (flags & FLAGS_OPCODE) >> 11;
+    const int opcode = opcode_of(q);
     // To answer an answer could make a loop of two proxies.
-    if (flags & FLAG_QR) return {Action::ignore, NOERROR, "an answer, not a query"};
+    if (get16(q, flags_at) & FLAG_QR) return {Action::ignore, NOERROR, "an answer, not a query"};
     // RFC 8490 9.4: a connection for each query cannot carry a session.
     if (opcode == OPCODE_DSO)
         return {Action::answer, NOTIMP, "DNS stateful operations are not proxied"};
@@ -773,16 +776,16 @@ static std::vector<size_t> find_pointers(const Bytes& m, const Layout& layout) {
 // Puts another record, or nothing, in the place of the OPT record. What comes behind it moves, and
 // pointers to there must move with it. Returns nullopt if one cannot.
 static std::optional<Bytes> replace_opt(Bytes m, const Layout& layout, const Bytes& record) {
-    constexpr size_t farthest = 0x3fff;  // that a pointer can point
+    constexpr size_t pointer_bits = 0x3fff;  // where it points, in 14 bits
     const size_t new_end = layout.opt + record.size();
     std::vector<size_t> pointers;
     if (layout.opt_end < m.size()) pointers = find_pointers(m, layout);
     for (size_t pointer : pointers) {
-        const size_t target = size_t(get16(m, pointer)) & farthest;
+        const size_t target = size_t(get16(m, pointer)) & pointer_bits;
         if (target < layout.opt) continue;                 // What comes before stays.
         if (target < layout.opt_end) return std::nullopt;  // It points into the OPT record.
         const size_t new_target = target - layout.opt_end + new_end;
-        if (new_target > farthest) return std::nullopt;
+        if (new_target > pointer_bits) return std::nullopt;
         put16(m, pointer, 0xc000 | new_target);
     }
     m.erase(m.begin() + long(layout.opt), m.begin() + long(layout.opt_end));
@@ -790,18 +793,18 @@ static std::optional<Bytes> replace_opt(Bytes m, const Layout& layout, const Byt
     return m;
 }
 
-static Bytes own_opt(bool dnssec_ok, const Bytes& options) {
+static Bytes own_opt(bool dnssec_ok, const Bytes& options, uint8_t extended_rcode = 0) {
     Bytes record{0, 0, TYPE_OPT};
     append16(record, own_udp_size);
-    append16(record, 0);  // the upper bits of the rcode, and the version
+    append(record, {extended_rcode, 0});  // the upper bits of the rcode, and the version
     append16(record, dnssec_ok ? OPT_FLAG_DO : 0);
     append16(record, options.size());
     append(record, options);
     return record;
 }
 
-static Bytes append_opt(Bytes m, bool dnssec_ok, const Bytes& options) {
-    append(m, own_opt(dnssec_ok, options));
+static Bytes append_opt(Bytes m, const Bytes& record) {
+    append(m, record);
     put16(m, additionals_at, size_t(get16(m, additionals_at)) + 1);
     return m;
 }
@@ -832,7 +835,7 @@ Bytes pad(const Query& query) {  // [3]
     append_option(options, OPTION_PADDING, Bytes(padding));  // RFC 8467 3: the last one
 
     // Without EDNS a client wants no signatures, so the proxy's own OPT record has DO=0.
-    if (!layout.opt) return append_opt(q, false, options);
+    if (!layout.opt) return append_opt(q, own_opt(false, options));
     return replace_options(q, layout, options).value_or(q);
 }
 
@@ -844,8 +847,8 @@ Bytes frame(const Bytes& message) {  // [5]
     return framed;
 }
 
-// Whether an answer without a question can be believed: an error, as a server that could not read
-// the question cannot repeat it; or one without records, as to an UPDATE, which claims nothing.
+// Two kinds of answer need not repeat the question: an error, as the server may not have been able
+// to read it; and an answer without records, which claims nothing.
 static bool needs_no_question(const Bytes& answer, const Layout& layout) {
     if ((get16(answer, flags_at) & FLAGS_RCODE) != NOERROR) return true;
     int records = 0;
@@ -882,7 +885,7 @@ bool matches(const Query& query, const Bytes& a, const Layout& layout) {  // [7]
 }
 
 std::optional<Bytes> unpad(const Query& query, const Bytes& answer, const Layout& layout) {  // [7]
-    if (layout.is_signed) return answer;
+    if (layout.is_signed) return answer;  // Any change would break the signature (RFC 8945 5.3).
     Bytes a = answer;
     // The client gets its own spelling of the name, as some clients compare it.
     const size_t question_end = query.layout.question_end;
@@ -923,7 +926,8 @@ Bytes cut(const Query& query, Bytes answer, size_t most_udp) {  // [8]
     Bytes options = options_without(answer, layout, {});
     const bool is_too_long = head.size() + opt_header_size + options.size() > limit;
     if (is_too_long) options.clear();  // RFC 8914 3: an error's text may be left out
-    return append_opt(head, query.layout.dnssec_ok, options);
+    const uint8_t extended_rcode = layout.opt ? answer[layout.opt + opt_rcode_at] : 0;
+    return append_opt(head, own_opt(query.layout.dnssec_ok, options, extended_rcode));
 }
 
 static Bytes reply_with(const Query& query, int flags, const Bytes& options) {
@@ -931,12 +935,13 @@ static Bytes reply_with(const Query& query, int flags, const Bytes& options) {
     const int repeated = get16(query.octets, flags_at) & (FLAGS_OPCODE | FLAG_RD);
     put16(message, flags_at, size_t(FLAG_QR | repeated | flags));
     if (!query.layout.opt) return message;
-    return append_opt(message, query.layout.dnssec_ok, options);
+    return append_opt(message, own_opt(query.layout.dnssec_ok, options));
 }
 
 Bytes reply(const Query& query, Rcode rcode, int ede) {  // [8]
     int flags = rcode;
-    // These two answers look like a resolver's: with RA, and with the client's CD.
+    // SERVFAIL, and NOERROR for resolver.arpa, stand for a resolver's answer. It would have these
+    // flags.
     if (rcode == SERVFAIL || rcode == NOERROR)
         flags |= FLAG_RA | (get16(query.octets, flags_at) & FLAG_CD);
     Bytes options;
@@ -1003,6 +1008,7 @@ bool guard(const std::function<void()>& work) {
         work();
         return true;
     } catch (const std::exception& e) {
+        // Not say(): that needs memory, and memory may be what is missing.
         dprintf(STDOUT_FILENO, "FAILURE thread: %s\n", e.what());
     } catch (...) {
         dprintf(STDOUT_FILENO, "FAILURE thread\n");
@@ -1064,7 +1070,7 @@ void Permits::set_most(size_t number) {
 // call that can wait or loop: no handshake, no read(2), no close(2), no output.
 //
 // Where connections or tickets are dropped, they are moved out under the lock and destroyed after
-// it.
+// it: the variable that takes them is declared before the lock.
 
 class Connection;
 
@@ -1104,8 +1110,12 @@ using Session = std::shared_ptr<SSL_SESSION>;
 class Tickets {
 public:
     void keep(Session ticket) {
+        Session dropped;
         Lock lock(mutex);
-        if (tickets.size() == most) tickets.pop_front();
+        if (tickets.size() == most) {
+            dropped = std::move(tickets.front());
+            tickets.pop_front();
+        }
         tickets.push_back(std::move(ticket));
     }
 
@@ -1134,7 +1144,10 @@ private:
 };
 
 // Whether an upstream is well. One that is at fault rests: it is asked last. From time to time one
-// query asks it all the same, to see whether it is back.
+// query tries it all the same, to see whether it is back.
+//
+// `faults` counts its rests in a row, and `rests_until` is when the present one ends. A deaf
+// upstream shakes hands and answers nobody: only an answer ends its rests.
 class Health {
 public:
     explicit Health(std::string address) : address(std::move(address)) {}
@@ -1144,8 +1157,9 @@ public:
         return Clock::now() >= rests_until;
     }
 
-    // Called before a query asks it. Returns false if another query is just trying whether it is
-    // back: that one is enough. If nobody is well, it may be tried ten times a second.
+    // Called before a query asks it. Returns false if it must not be asked now. One that is well
+    // may always be asked. One that is at fault may be tried by one query when its rest is over;
+    // or, if nobody is well, by one in 100 ms.
     bool claim(bool is_anybody_well) {
         Lock lock(mutex);
         const Time now = Clock::now();
@@ -1153,8 +1167,7 @@ public:
         const bool is_due =
             is_anybody_well ? now >= rests_until : now >= asked_at + milliseconds(100);
         if (!is_due) return false;
-        // This try counts as failed in advance, which keeps others off. If it succeeds, recover()
-        // takes that back.
+        // The next rest begins at once, so that no second query tries it. recover() ends it.
         if (now >= rests_until) begin_rest(now);
         asked_at = now;
         return true;
@@ -1197,9 +1210,8 @@ public:
         if (is_first) say("UPSTREAM " + address + " " + why + ": asked last until it answers");
     }
 
-    // A try that began at that time is late. A client could make it so by asking for a name that
-    // takes long, so this alone is no fault: see is_to_blame(). `is_news`: it was not reported
-    // before.
+    // A try that began at that time is late. `is_news`: this is the first report of this try. A
+    // name that takes long can make a try late, so is_to_blame() decides whether it is a fault.
     void late(Time begun, bool is_news, const std::string& why) {
         {
             Lock lock(mutex);
@@ -1219,14 +1231,14 @@ public:
     }
 
 private:
-    // Three tries are late, and since the first of them nobody had an answer. If nobody had a
-    // handshake either, it is gone. If somebody had, it may be that these names take long; but not
-    // half a second.
+    // Three tries are late, and nobody has had an answer since the first of them began. After 100
+    // ms without a handshake either, it is gone. Otherwise perhaps these names take long, but after
+    // half a second it is to blame as well.
     bool is_to_blame() const {
-        if (lates < 3) return false;
+        const Duration since = Clock::now() - first_late;
         const bool is_silent = last_handshake < first_late;
-        const bool had_time = Clock::now() >= first_late + milliseconds(500);
-        return is_silent || had_time;
+        if (lates < 3) return false;
+        return since >= milliseconds(500) || (is_silent && since >= milliseconds(100));
     }
 
     // RFC 9520 3.2: a failure is remembered for a second at least, and for five minutes at most.
@@ -1282,15 +1294,16 @@ public:
 
     size_t size() { return places.in_use(); }  // with those that are being opened
 
+    // Whether more are being opened than wait: queries take them faster than they are opened.
     bool is_low() {
         Lock lock(mutex);
         const size_t being_opened = places.in_use() - parked.size();
         return parked.size() < being_opened;
     }
 
-    bool may_be_renewed() {
+    bool may_dial() {
         Lock lock(mutex);
-        return Clock::now() >= renew_at;
+        return Clock::now() >= no_dial_before;
     }
 
     bool was_used_since(Time time) {
@@ -1302,7 +1315,7 @@ public:
     void used() {
         Lock lock(mutex);
         last_use = Clock::now();
-        renew_at = {};
+        no_dial_before = {};
         deaths = 0;
         uses++;
         if (uses < room || room >= most) return;
@@ -1334,7 +1347,7 @@ public:
         if (age >= seconds(5)) return;
         halve(seconds(1));
         const seconds pause(1 << std::min(deaths, 6));
-        renew_at = Clock::now() + std::min(pause, seconds(60));
+        no_dial_before = Clock::now() + std::min(pause, seconds(60));
         deaths++;
     }
 
@@ -1368,7 +1381,7 @@ private:
     Duration best_dial = seconds(10);
     Time last_use{};
     Time halved_at{};
-    Time renew_at{};
+    Time no_dial_before{};
 };
 
 struct Upstream : Peer {
@@ -1380,7 +1393,7 @@ struct Upstream : Peer {
     Tickets tickets;
     Stock stock;
     UsualTime usual_answer{64};  // from a query that was sent to its answer
-    Permits open{SIZE_MAX};      // verified connections
+    Permits open{SIZE_MAX};      // counts verified connections; there is no limit
     std::atomic<int> group{0};   // of the last key exchange, as an OpenSSL NID; 0: none yet
 };
 
@@ -1394,7 +1407,7 @@ static SSL_CTX* tls;
 // open_ahead().
 struct Failure {
     enum Cause {
-        OVERTAKEN,  // another try has brought the answer
+        OVERTAKEN,  // another try has brought the answer, or three others have begun
         LOCAL,      // something on this machine, such as no route or too many open files
         TIMEOUT,    // the deadline
         CLOSED,     // the other end refused, reset or closed the connection
@@ -1416,7 +1429,7 @@ public:
     Transaction(std::shared_ptr<const Query> asked, std::function<void(const Outcome&)> finish)
         : query_owner(std::move(asked)),
           query(*query_owner),
-          is_repeatable((get16(query.octets, flags_at) & FLAGS_OPCODE) == OPCODE_QUERY << 11),
+          is_repeatable(opcode_of(query.octets) == OPCODE_QUERY),
           finish(std::move(finish)),
           tries(upstreams.size()) {}
 
@@ -1434,11 +1447,22 @@ public:
             was_answered = false;  // Nothing was sent. If no other try does better, fail() will.
             throw;
         }
-        finish = nullptr;  // It holds the way to the client, who may want to be gone.
+        finish = nullptr;  // Lets go of the client's socket, so that it can be closed now.
         return true;
     }
 
-    bool is_answered() const { return was_answered; }
+    // [3] The query, padded. The threads that carry it share one copy.
+    const Bytes& padded_query() {
+        std::call_once(is_padded, [this] { message = pad(query); });
+        return message;
+    }
+
+    // A try begins. Returns its number.
+    int begin_try() { return ++tries_begun; }
+
+    // Whether a try need not go on: there is an answer, or three others have begun since. That
+    // bounds the threads for each query.
+    bool is_overtaken(int number) const { return was_answered || tries_begun >= number + 3; }
 
     // Which upstream to ask next; nullptr: none. Each may be asked three times for one query (RFC
     // 9520 3.1), and none a second time before every other that is well was asked. After a failure
@@ -1453,9 +1477,9 @@ public:
         }
     }
 
-    // Two tries may take a ready connection, as the second one cures a lost packet. Then the
-    // upstream is dialled: perhaps all ready connections are dead. A query upon which a connection
-    // was closed gets a new one, too, and so does one that may be sent only once.
+    // Two tries may take a ready connection: the second one cures a lost packet. Otherwise a new
+    // connection is dialled: after two ready ones, as perhaps all are dead; when any connection was
+    // closed upon this query; and for a query that may be sent only once.
     bool may_use_ready(const Upstream& upstream) {
         Lock lock(mutex);
         if (!is_repeatable || closed_upon > 0) return false;
@@ -1480,6 +1504,7 @@ public:
     void failed(const Upstream& upstream, const Failure& failure, bool is_try, bool is_refusal) {
         Lock lock(mutex);
         Tries& one = tries[upstream.number];
+        tries_begun--;
         if (!is_try) one.asked--;
         if (is_refusal) closed_upon++;
         one.not_before = Clock::now() + one.pause;
@@ -1528,6 +1553,7 @@ private:
             if (is_anybody_well && !upstream->health.is_well()) continue;
             if (!best || one.asked < tries[best->number].asked) best = upstream.get();
         }
+        // If another query is just trying it, next_upstream() looks again in 20 ms.
         if (!best || !best->health.claim(is_anybody_well)) return nullptr;
         tries[best->number].asked++;
         return best;
@@ -1556,6 +1582,9 @@ public:
 
 private:
     std::function<void(const Outcome&)> finish;
+    std::once_flag is_padded;
+    Bytes message;
+    std::atomic<int> tries_begun{0};  // without those that have failed
     std::atomic<bool> was_answered{false};
     std::atomic<bool> was_sent{false};
     std::atomic<int> closed_upon{0};  // so many connections, perhaps because of this query
@@ -1581,18 +1610,22 @@ static int on_ticket(SSL* ssl, SSL_SESSION* session) {
     // 1.2 it means nothing. OpenSSL sees when the lifetime is over.
     if (lifetime > 7 * 86400) return 0;
     if (lifetime == 0 && SSL_version(ssl) >= TLS1_3_VERSION) return 0;
-    // A copy: the original belongs to a connection, which another thread may be using.
-    const Session copy(SSL_SESSION_dup(session), SSL_SESSION_free);
-    if (copy) upstream.tickets.keep(copy);
+    guard([&] {  // No exception may pass through OpenSSL.
+        // A copy: the original belongs to a connection, which another thread may be using.
+        const Session copy(SSL_SESSION_dup(session), SSL_SESSION_free);
+        if (copy) upstream.tickets.keep(copy);
+    });
     return 0;
 }
 
 static int keylog_file = -1;
 
 static void write_key(const SSL*, const char* line) {
-    const std::string whole = std::string(line) + "\n";
-    (void)!write(keylog_file, whole.data(),
-                 whole.size());  // It is a help, and must not stop anybody.
+    guard([line] {
+        const std::string whole = std::string(line) + "\n";
+        const ssize_t written = write(keylog_file, whole.data(), whole.size());
+        (void)written;  // It is a help, and must not stop anybody.
+    });
 }
 
 static void log_keys() {
@@ -1603,9 +1636,11 @@ static void log_keys() {
             settings.keylog.c_str());
 }
 
+// OpenSSL has read the system's file of certificates, and looks into its directory when it needs
+// one. So either the file gave some, or the directory is not empty.
 static bool has_system_certificates() {
     const STACK_OF(X509_OBJECT)* found = X509_STORE_get0_objects(SSL_CTX_get_cert_store(tls));
-    if (sk_X509_OBJECT_num(found) > 0) return true;  // those of the file
+    if (sk_X509_OBJECT_num(found) > 0) return true;
     const char* directory = getenv(X509_get_default_cert_dir_env());
     if (!directory) directory = X509_get_default_cert_dir();
     std::error_code error;
@@ -1676,7 +1711,10 @@ public:
     // From now on it works for this transaction. nullptr: for none.
     void work_for(Transaction* whom) {
         transaction = whom;
-        if (whom) deadline = whom->query.deadline;
+        if (whom) {
+            deadline = whom->query.deadline;
+            try_number = whom->begin_try();
+        }
         has_raced = false;
         late_at = Time::max();
         // With --reuse it may have asked before.
@@ -1688,18 +1726,19 @@ public:
         count("dialled");
         open_socket();
         set_up_tls();
-        begin_step(2.5);  // It takes two round trips, one for TCP and one for TLS.
+        begin_step(2.5);  // TCP takes one round trip, and TLS another.
         persist([this] { return connect_socket(); });
         stage = Failure::CONNECTED;
         persist([this] { return has_succeeded(SSL_connect(ssl.get())); });
         // Now OpenSSL has judged the certificate, and the protocol that ALPN chose.
         stage = Failure::VERIFIED;
-        is_open = upstream.open.take();
+        open_permit = upstream.open.take();
         // A server that is crowded may close it now. None has anything to say yet.
         if (!is_alive()) throw failure(Failure::CLOSED, "closed the connection at once");
         upstream.health.verified();
         upstream.stock.dialled(Clock::now() - begun);
-        upstream.group = int(SSL_get_negotiated_group(ssl.get()));
+        const int group = int(SSL_get_negotiated_group(ssl.get()));
+        if (group != 0) upstream.group = group;  // A resumed session of TLS 1.2 has none.
         if (SSL_session_reused(ssl.get())) count("resumed");
         opened = Clock::now();
     }
@@ -1719,7 +1758,7 @@ public:
     // Takes what is there, and does not wait for more.
     bool is_alive() {
         if (is_nothing_there() && !SSL_has_pending(ssl.get())) return true;
-        may_wait = false;
+        may_wait = false;  // So the second is not waited for.
         const bool is_good = is_quiet(Clock::now() + seconds(1));
         may_wait = true;
         return is_good;
@@ -1760,7 +1799,7 @@ public:
     // Ends the connection. Returns the failure, to be thrown.
     Failure failure(Failure::Cause cause, const std::string& why) {
         has_failed = true;
-        is_open = nullptr;
+        open_permit = nullptr;
         tell(stage >= Failure::VERIFIED ? 6 : 4, why);
         return {cause, cause == Failure::LOCAL ? Failure::NOWHERE : stage, why};
     }
@@ -1790,6 +1829,7 @@ private:
     void set_up_tls() {
         if (!ssl || !SSL_set_fd(ssl.get(), fd)) throw failure(Failure::LOCAL, "no memory left");
         SSL_set_app_data(ssl.get(), &upstream);  // for on_ticket()
+        // SSL_set_fd() has made one BIO for both directions.
         BIO_set_callback_ex(SSL_get_rbio(ssl.get()), on_io);
         BIO_set_callback_arg(SSL_get_rbio(ssl.get()), reinterpret_cast<char*>(this));
         if (!set_name() || !set_pins()) throw failure(Failure::LOCAL, "no memory left");
@@ -1819,7 +1859,8 @@ private:
     }
 
     // RFC 7858 4.2: one of the pins must be the SHA-256 of a key in the verified chain. OpenSSL
-    // does it as for TLSA records (RFC 6698 2.1): their usage says whose key.
+    // does it as for TLSA records (RFC 6698 2.1). Their usage says whose key, and with these two
+    // the certificate must be good in the ordinary way as well.
     bool set_pins() {
         constexpr uint8_t key_of_authority = 0;  // PKIX-TA
         constexpr uint8_t key_of_server = 1;     // PKIX-EE
@@ -1872,7 +1913,7 @@ private:
 
     // Makes a blocking call again and again until it is done.
     void persist(const std::function<bool()>& is_done) {
-        // Four times a second it looks whether another try has brought the answer.
+        // Four times a second it looks whether it was overtaken.
         for (;;) {
             wake_at = std::min({deadline, late_at, Clock::now() + milliseconds(250)});
             ERR_clear_error();  // Another connection of this thread may have left an error.
@@ -1884,8 +1925,8 @@ private:
 
     void look_at_the_time() {
         const Time now = Clock::now();
-        if (transaction && transaction->is_answered())
-            throw failure(Failure::OVERTAKEN, "overtaken by another try");
+        if (transaction && transaction->is_overtaken(try_number))
+            throw failure(Failure::OVERTAKEN, "overtaken by other tries");
         if (now >= deadline) throw failure(Failure::TIMEOUT, why_it_is_late());
         if (!transaction || now < late_at) return;
 
@@ -1901,9 +1942,10 @@ private:
         return "no answer in time";
     }
 
-    // OpenSSL calls this before each read(2) and write(2), and then (BIO_CB_RETURN) after it with
-    // its result and its number of octets: BIO_set_callback_ex(3). If -1 is returned before, the
-    // call is not made. "Retry" tells OpenSSL that it is as if the call had to wait.
+    // OpenSSL calls this before each read(2) and write(2), with 1 as its result, and then
+    // (BIO_CB_RETURN) after it with its result and its number of octets: BIO_set_callback_ex(3). If
+    // -1 is returned before, the call is not made. "Retry" tells OpenSSL that it is as if the call
+    // had to wait.
     static long on_io(BIO* bio, int what, const char*, size_t, int, long, int result,
                       size_t* octets) {
         Connection& own = *reinterpret_cast<Connection*>(BIO_get_callback_arg(bio));
@@ -1923,6 +1965,7 @@ private:
     bool may_read() {
         if (octets_left == 0) return false;
         if (!may_wait && is_nothing_there()) return false;
+        // The resolver may hold the rest back until then.
         if (is_awaiting_answer) acknowledge_at_once(fd);
         return set_time_limit();
     }
@@ -2025,12 +2068,13 @@ private:
     }
 
     Transaction* transaction = nullptr;  // which it works for
+    int try_number = 0;                  // of this transaction
     Time deadline;
     std::shared_ptr<SSL> ssl;
     int fd = -1;
     Failure::Stage stage = Failure::STARTED;
     bool has_failed = false;
-    std::shared_ptr<Permit> is_open;  // counts it among the upstream's open connections
+    std::shared_ptr<Permit> open_permit;  // counts it among the upstream's open connections
     bool is_awaiting_answer = false;
     bool may_wait = true;              // until there is something to read
     bool is_late = false;              // This step is.
@@ -2058,10 +2102,14 @@ std::shared_ptr<Connection> Stock::take() {
 }
 
 // Looks at each of them, one after the other, so that a query which comes meanwhile finds the
-// others. The last one that was looked at goes to the end, so a full turn leaves them in their
-// order.
+// others. The one that was looked at goes to the end, so one full turn leaves them in their order.
 void Stock::drop_dead() {
-    for (size_t left = size(); left > 0; left--) {
+    size_t left = 0;
+    {
+        Lock lock(mutex);
+        left = parked.size();
+    }
+    for (; left > 0; left--) {
         std::shared_ptr<Connection> oldest = pop_oldest();
         if (!oldest) return;
         if (is_fit(*oldest)) park(std::move(oldest));
@@ -2117,7 +2165,7 @@ static void carry(const std::shared_ptr<Transaction>& transaction);
 // The race: another thread carries the transaction to the next upstream while this try waits on. It
 // costs nothing if this upstream is known to be at fault: then it is no race but a failover.
 static bool start_race(Transaction& transaction, Upstream& upstream) {
-    if (!transaction.is_repeatable) return true;  // There must not be one.
+    if (!transaction.is_repeatable) return true;  // There is never one: no use in asking again.
     if (upstream.health.is_well() && !race_budget.spend()) return false;
     count("raced");
     const auto shared = transaction.shared_from_this();
@@ -2141,7 +2189,7 @@ static void learn_from(const Failure& failure, Upstream& upstream) {
 
 // Opens a connection ahead of the query that will use it, and parks it in that place of the stock.
 static void open_ahead(Upstream& upstream, const std::shared_ptr<Permit>& place) {
-    if (!place || !upstream.stock.may_be_renewed()) return;
+    if (!place || !upstream.stock.may_dial()) return;
     const Time deadline = Clock::now() + milliseconds(settings.timeout);
     const auto connection = std::make_shared<Connection>(upstream, deadline);
     try {
@@ -2157,8 +2205,7 @@ static void open_ahead(Upstream& upstream, const std::shared_ptr<Permit>& place)
     }
 }
 
-static void open_ahead_in_thread(Upstream& upstream) {
-    const auto place = upstream.stock.reserve();
+static void open_ahead_in_thread(Upstream& upstream, const std::shared_ptr<Permit>& place) {
     detach([&upstream, place] { open_ahead(upstream, place); });
 }
 
@@ -2168,7 +2215,7 @@ static void restock(Upstream& upstream) {
     // Let the client run before this thread takes the processor for a handshake.
     std::this_thread::sleep_for(milliseconds(1));
     const auto place = upstream.stock.reserve();
-    if (upstream.stock.is_low()) open_ahead_in_thread(upstream);
+    if (upstream.stock.is_low()) open_ahead_in_thread(upstream, upstream.stock.reserve());
     open_ahead(upstream, place);
 }
 
@@ -2192,8 +2239,8 @@ static void learn_from_answer(Transaction& transaction, Upstream& upstream,
         upstream.stock.used();
     } else if (transaction.has_used_all_ready(upstream) &&
                !upstream.stock.was_used_since(transaction.query.taken)) {
-        // A new connection brought what the ready ones did not: they are dead, and so are those
-        // that are as old. It is so after a change of networks.
+        // Two ready connections failed this query, none has worked since it came, and a new one
+        // did: so those that are as old are dead. It is so after a change of networks.
         upstream.stock.drop_older_than(connection.opened);
     }
 }
@@ -2201,14 +2248,15 @@ static void learn_from_answer(Transaction& transaction, Upstream& upstream,
 // A try has failed. Whose fault is it, and does it count as one of three?
 static void note_failure(Transaction& transaction, Upstream& upstream, const Failure& failure,
                          const Connection* connection) {
-    if (failure.cause == Failure::OVERTAKEN) return;
     learn_from(failure, upstream);
     bool is_try = true;
     bool is_refusal = false;
     if (failure.cause == Failure::LOCAL) is_try = false;
     if (failure.cause == Failure::CLOSED) {
         const bool was_asked = failure.stage == Failure::ASKED;
-        // A dial that was refused has asked nobody, and a ready connection may have been dead.
+        // A dial that was refused has asked nobody: it is repeated after a pause, until the
+        // deadline. A ready connection may have been dead before. But unless it has answered before
+        // (--reuse), it may also have been closed because of the query.
         is_try = was_asked && !connection->is_ready;
         is_refusal = was_asked && !connection->is_used;
     }
@@ -2225,7 +2273,7 @@ static void carry(const std::shared_ptr<Transaction>& transaction) {
     bool is_answered = false;
 
     // [3] A query's length would nearly tell its name.
-    const Bytes message = pad(query);
+    const Bytes& message = transaction->padded_query();
     query.tell(3, text("%zu -> %zu octets", query.octets.size(), message.size()));
 
     while (!is_answered) {
@@ -2271,6 +2319,7 @@ static void carry(const std::shared_ptr<Transaction>& transaction) {
                 {std::move(*clean), true, upstream->name + " " + connection->how()});
             is_answered = true;
         } catch (const Failure& failure) {
+            if (failure.cause == Failure::OVERTAKEN) break;
             note_failure(*transaction, *upstream, failure, connection.get());
         }
     }
@@ -2306,9 +2355,11 @@ static void keep_upstreams_warm() {
         upstream->stock.drop_dead();
         if (well == warm_upstreams || !upstream->health.is_well()) continue;
         well++;
-        const size_t have = upstream->stock.size();
+        Stock& stock = upstream->stock;
+        const size_t have = stock.size();
+        const auto place = have < wanted && stock.may_dial() ? stock.reserve() : nullptr;
         // In a thread of its own: a resolver that says nothing would hold up the others.
-        if (have < wanted && upstream->health.claim(true)) open_ahead_in_thread(*upstream);
+        if (place && upstream->health.claim(true)) open_ahead_in_thread(*upstream, place);
         wanted = std::max(wanted, have);  // for the next upstream
     }
 }

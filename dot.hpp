@@ -17,7 +17,8 @@
 //
 // One thread waits at each UDP socket, and one for each TCP client: for steps [1] and [2]. A query
 // that is to be forwarded gets a thread of its own, which takes it through steps [3] to [8] and
-// waits for one thing at a time: every socket blocks.
+// waits for one thing at a time: every socket blocks. If its resolver is late, the query gets a
+// second thread.
 //
 // Each query has a TLS connection to itself. That costs a round trip for TCP, one for TLS and one
 // for the answer, so a thread that has answered opens the next connection ahead of time. Such a
@@ -75,22 +76,20 @@ std::string totals();                                        // "TOTALS name=num
 
 // An IP address and a port.
 struct Address {
-    Address() : v6{} {}  // all zeros
+    union {  // any.sa_family tells which
+        sockaddr any;
+        sockaddr_in v4;
+        sockaddr_in6 v6{};
+    };
     bool is_v4() const { return any.sa_family == AF_INET; }
     int port() const { return ntohs(v4.sin_port); }  // at the same place in both families
     socklen_t size() const;                          // of the sockaddr, in octets
     std::string host() const;                        // "1.1.1.1"
     std::string str() const;                         // "1.1.1.1@853"
 
-    // The address family and then the address's bits as '0' and '1': "400000001...". An address is
-    // in a network if its bits start with the network's.
+    // '4' or '6', and then the bits of the address as '0' and '1': "4" "00000001" "00000001" and so
+    // on. An address is in a network if its bits start with the network's.
     std::string bits() const;
-
-    union {
-        sockaddr any;
-        sockaddr_in v4;
-        sockaddr_in6 v6;
-    };
 };
 
 // Reads ADDR[@PORT]. Throws BadOption.
@@ -105,8 +104,9 @@ std::string parse_network(const std::string& from);
 // One address of a resolver, and who it must prove to be.
 struct Peer {
     Address address;
-    std::string name;         // A host name or IP address in its certificate's SAN (RFC 8310 8.1).
-    std::vector<Bytes> pins;  // If any: the SHA-256 of a key in its chain (RFC 7858 4.2).
+    std::string name;  // A host name or IP address in its certificate's SAN (RFC 8310 8.1).
+    std::vector<Bytes>
+        pins;  // If any: one must be the SHA-256 of a key in its chain (RFC 7858 4.2).
 };
 
 // Reads cloudflare | google | quad9 | ADDR[@PORT]#NAME[,pin-sha256=BASE64]... Throws BadOption.
@@ -245,8 +245,8 @@ void set_option(int fd, int level, int option, const auto& value) {
 void acknowledge_at_once(int fd);
 // Has recvmsg(2) report which of our addresses a datagram was sent to.
 void report_asked_address(int fd, bool is_v4);
-// Makes the header of a datagram that has come good for sendmsg(2): the answer leaves from the
-// address that was asked, by whatever interface the routes say.
+// Takes the header that recvmsg(2) has filled in, and changes it so that sendmsg(2) can use it: the
+// answer leaves from the address that was asked, by whatever interface the routes say.
 void answer_from_asked_address(struct msghdr& header);
 // Allows bind(2) to an IPv6 address that this host does not have yet.
 void allow_absent_address(int fd);
@@ -254,6 +254,7 @@ void allow_absent_address(int fd);
 bool drop_groups();
 // From now on no program that is executed can gain rights.
 void gain_no_privileges();
+// Has malloc(3) share two pools of memory among all threads.
 void save_memory();
 
 // An option of the command line: --word or -l, for a letter.
@@ -292,7 +293,7 @@ struct Permit {
     Permit() = default;
     Permit(const Permit&) = delete;
     ~Permit();
-    class Permits* of = nullptr;  // to be given back to; nullptr: this is none yet
+    class Permits* of = nullptr;  // who gave it, and gets it back; nullptr: nobody yet
 };
 
 class Permits {

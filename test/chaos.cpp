@@ -101,7 +101,7 @@ public:
         upstream_ = std::make_unique<Upstream>(certificates_, Options{.port = port_});
         restarts++;
     }
-    std::atomic<int> changes{0}, restarts{0};
+    int changes = 0, restarts = 0;
 
 private:
     const Certificates& certificates_;
@@ -212,8 +212,15 @@ private:
 // What came of the honest queries.
 struct Tally {
     std::atomic<int> asked{0}, good{0}, failed{0}, none{0}, wrong{0}, late{0}, slowest_ms{0};
-    std::atomic<int> stalled_ms{0};  // how long this machine kept a thread of ours from running
+    std::atomic<int> stalled_ms{0};  // by which 2 ms of work came late on this machine
+    std::atomic<bool> over{false};   // what comes now does not count
 };
+
+static double cpu_seconds_of_thread() {
+    timespec used{};
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &used);
+    return double(used.tv_sec) + double(used.tv_nsec) / 1e9;
+}
 
 static void keep_most(std::atomic<int>& most, int value) {
     for (int was = most; value > was && !most.compare_exchange_weak(was, value);) {
@@ -233,13 +240,14 @@ static void ask(int port, const std::string& from, Random& random, Tally& tally)
     client.send(q);
     tally.asked++;
     const auto m = client.receive(5 * deadline);
+    if (tally.over) return;
     keep_most(tally.slowest_ms, int(1000 * since(start)));
     if (!m) {
         tally.none++;
         printf("no answer: %s over %s\n", name.c_str(), tcp ? "TCP" : "UDP");
         return;
     }
-    if (since(start) > deadline + slack + tally.stalled_ms / 1000.0) {
+    if (since(start) > deadline + slack + 3 * tally.stalled_ms / 1000.0) {
         tally.late++;
         printf("late: %s over %s, %.2f s, %.2f of them to connect\n", name.c_str(),
                tcp ? "TCP" : "UDP", since(start), connected);
@@ -263,35 +271,26 @@ public:
         // So many that none has to wait for another.
         Proxy::Words words{"-n", "3000", "-t", std::to_string(int(1000 * deadline))};
         words.insert(words.end(), more.begin(), more.end());
-        reader_ = std::thread([this] {
-            while (!read_enough_) read_log();
-        });
+        // With -vv so much is written that whoever reads it would hold the program up.
+        if (contains(more.empty() ? "" : more.back(), "v"))
+            redirected_ = std::make_unique<Redirected>("/dev/null");
         proxy_ = std::make_unique<Proxy>(
             certificates_, std::vector{first_.spec(), second_.spec(), good_.spec()}, words);
     }
-    ~Chaos() noexcept(false) {
-        stop();
-        try {
-            proxy_.reset();
-        } catch (...) {
-            end_reader();
-            throw;
-        }
-        end_reader();
-    }
+    ~Chaos() { stop(); }
     void start() {
         over_ = false;
-        const int round = rounds_++;
+        rounds_++;
         for (int i = 0; i < honest_clients; i++)
-            begin([this, i, round] {
-                Random random(unsigned(100 + i + 1000 * round));
+            begin([this, i] {
+                Random random(unsigned(100 + i + 1000 * rounds_));
                 for (int n = 0; !over_; n++) {
                     ask(proxy_->port, address(60 + i, n), random, tally);
                     usleep(useconds_t(random.below(60000)));
                 }
             });
-        begin([this, round] {
-            Bad bad(proxy_->port, unsigned(7 + round));
+        begin([this] {
+            Bad bad(proxy_->port, unsigned(7 + rounds_));
             for (; !over_; usleep(memory_counts ? 40000 : 100000)) bad.step();
             met_ += bad.met;
         });
@@ -304,8 +303,11 @@ public:
         begin([this] {
             while (!over_) {
                 const auto before = Clock::now();
-                usleep(10000);
-                keep_most(tally.stalled_ms, int(1000 * since(before)) - 10);
+                usleep(20000);
+                const double used = cpu_seconds_of_thread();
+                while (cpu_seconds_of_thread() < used + 0.002) {
+                }
+                keep_most(tally.stalled_ms, int(1000 * since(before)) - 22);
             }
         });
     }
@@ -326,13 +328,14 @@ public:
         eventually(quiet, was ? 40 : 0);
         return u;
     }
-    // Amid all of it.
+    // Amid all of it; how long it took.
     double end() {
+        tally.over = true;
         const auto start = Clock::now();
         CHECK_EQ(proxy_->process().end(), 0);
+        CHECK_EQ(proxy_->err(), "");  // where sanitizers report
         return since(start);
     }
-    pid_t pid() const { return proxy_->pid(); }
     void print(const char* what, const Usage& u) {
         printf("%-20s %4d threads, %4d files, %7ld kB\n", what, u.threads, u.files, u.kilobytes);
         fflush(stdout);
@@ -340,12 +343,14 @@ public:
     void print_figures() {
         printf(
             "%d asked: %d good, %d failed, %d late, %d wrong, %d without an answer; the slowest "
-            "took %d ms (this machine stalled for %d); %d bad clients, %d moods and %d restarts "
-            "of resolvers, %zu kB of log\n",
+            "took %d ms (this machine stalled for %d)\n%d bad clients, %d moods and %d restarts "
+            "of resolvers\n",
             tally.asked.load(), tally.good.load(), tally.failed.load(), tally.late.load(),
             tally.wrong.load(), tally.none.load(), tally.slowest_ms.load(), tally.stalled_ms.load(),
-            met_.load(), first_.changes + second_.changes, first_.restarts + second_.restarts,
-            read_ / 1000);
+            met_.load(), first_.changes + second_.changes, first_.restarts + second_.restarts);
+        printf("CPU: %.1f s, and %.1f s of the clients and resolvers, on %ld cores\n",
+               cpu_seconds(proxy_->pid()), cpu_seconds(getpid()), sysconf(_SC_NPROCESSORS_ONLN));
+        print_log();
     }
     Tally tally;
 
@@ -355,51 +360,37 @@ private:
             try {
                 work();
             } catch (const std::exception& e) {
+                if (tally.over) return;
                 printf("in a thread: %s\n", e.what());
                 tally.wrong++;
             }
         });
     }
-    void read_log() {
-        const std::string some = pipe_.read_some(1 << 16);
-        read_ += some.size();
-        log_ += some;
-        if (some.empty()) usleep(2000);
-        size_t from = 0;
-        for (size_t to; (to = log_.find('\n', from)) != log_.npos; from = to + 1) {
-            const bool failure = log_.compare(from, 8, "FAILURE ") == 0;
-            if (!failure && log_.compare(from, 8, "SUCCESS ") != 0) continue;
-            if (const size_t at = log_.find(" octets ", from); at < to)
-                slowest_told_ = std::max(slowest_told_, atof(&log_[at + 8]));
-            if (!failure) continue;
-            std::string line = log_.substr(from, to - from), why = line.substr(0, 14);
-            if (contains(line, ": ")) why = line.substr(line.find(": ") + 2);
-            if (why.compare(0, 10, "127.0.0.1@") == 0)
-                why = why.substr(std::min(why.size(), why.find(' ') + 1));
-            failures_[why]++;
+    void print_log() {
+        std::istringstream log(proxy_->out());
+        std::map<std::string, int> failures;
+        double slowest = 0;
+        for (std::string line; std::getline(log, line);) {
+            const size_t at = line.find(" octets "), why = line.find(": ");
+            if (at == line.npos) continue;
+            slowest = std::max(slowest, atof(&line[at + 8]));
+            if (line[0] != 'F' || why == line.npos) continue;
+            std::string reason = line.substr(why + 2);
+            if (reason.compare(0, 10, "127.0.0.1@") == 0) reason.erase(0, reason.find(' ') + 1);
+            failures[reason]++;
         }
-        log_.erase(0, from);
+        if (slowest == 0) return;
+        printf("by its own account the slowest took %.0f ms; of all queries failed\n", slowest);
+        for (auto& [why, times] : failures) printf("%6d x %s\n", times, why.c_str());
     }
-    void end_reader() {
-        if (!reader_.joinable()) return;
-        read_enough_ = true;
-        reader_.join();
-        printf("by its own account the slowest took %.0f ms\n", slowest_told_);
-        for (auto& [why, times] : failures_) printf("%6d x %s\n", times, why.c_str());
-    }
-    Pipe pipe_;
+    std::unique_ptr<Redirected> redirected_;
     Certificates certificates_;
     Moody first_, second_, good_;  // the last one is always good
     std::unique_ptr<Proxy> proxy_;
-    std::atomic<bool> over_{false}, read_enough_{false};
-    std::atomic<size_t> read_{0};
-    std::string log_;                      // what is not a whole line yet
-    std::map<std::string, int> failures_;  // as the program tells them
-    double slowest_told_ = 0;              // ms
+    std::atomic<bool> over_{false};
     std::atomic<int> met_{0};
     int rounds_ = 0;
     std::vector<std::thread> threads_;
-    std::thread reader_;
 };
 
 static void run_chaos(const Proxy::Words& more) {
@@ -417,21 +408,19 @@ static void run_chaos(const Proxy::Words& more) {
     chaos.stop();
     const Usage last = chaos.when_quiet(first);
     chaos.print("at the end", last);
+    chaos.print_figures();
+    const Tally& tally = chaos.tally;
+    const int asked = tally.asked, good = tally.good, none = tally.none, wrong = tally.wrong;
+    const int late = tally.late;
     chaos.start();
     sleep(1);
-    const Tally& tally = chaos.tally;
-    printf("CPU: %.1f s, and %.1f s of the clients and resolvers, on %ld cores\n",
-           cpu_seconds(chaos.pid()), cpu_seconds(getpid()), sysconf(_SC_NPROCESSORS_ONLN));
-    const int none = tally.none, wrong = tally.wrong, late = tally.late;
-    const int good = tally.good, asked = tally.asked;
     const double took = chaos.end();  // amid all of it
     printf("it ended after %.1f s\n", took);
-    chaos.print_figures();
     CHECK_EQ(none, 0);
     CHECK_EQ(wrong, 0);
     CHECK_EQ(late, 0);
     CHECK_WHY(took < 4 + 3 * slack, std::to_string(took));
-    CHECK_WHY(good > asked / 2, std::to_string(good) + " of " + std::to_string(asked));
+    CHECK(good > asked / 2);
     CHECK_WHY(last.threads <= first.threads + 4, std::to_string(last.threads) + " threads");
     // A few connections of each upstream may be ready.
     CHECK_WHY(last.files <= first.files + 8, std::to_string(last.files) + " files");
