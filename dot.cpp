@@ -149,7 +149,8 @@ Address parse_address(const std::string& from, int default_port) {
 std::string parse_network(const std::string& from) {
     const size_t slash = from.find('/');
     const std::string host = from.substr(0, slash);
-    if (host.find('@') != host.npos) throw BadOption("a network has no port; write ADDR[/LENGTH]");
+    if (!is_ip_address(host))
+        throw BadOption("this is not a network; write ADDR[/LENGTH], for example 10.0.0.0/8");
     const Address address = parse_address(host, 0);
     const std::string bits = address.bits();
     const int longest = int(bits.size()) - 1;  // The first of them is the family.
@@ -196,7 +197,7 @@ static std::string parse_name(std::string name) {
     for (const std::string& label : split(name, '.')) {
         const bool is_good = label.find_first_not_of(letters + "0123456789-_") == label.npos;
         if (label.empty() || label.size() > 63 || !is_good)
-            throw BadOption("'" + name + "' is not a host name");
+            throw BadOption("'" + name + "' is not a host name; write the resolver's own");
     }
     if (name.find_first_of(letters) == name.npos)
         throw BadOption("'" + name + "' is neither a host name nor an IP address");

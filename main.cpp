@@ -140,11 +140,14 @@ static void parse_options(int argc, char** argv) {
     std::vector<OptionWord> words;
     for (const OptionRow& row : option_rows())
         words.push_back({row.word, row.letter, row.value != nullptr});
+    opterr = 0;  // getopt(3) is not to say itself what is wrong.
     for (;;) {
         const int letter = next_option(argc, argv, words);
         if (letter == -1) break;
-        // getopt(3) has said on stderr what is wrong.
-        if (letter == '?') throw BadOption("");
+        if (letter == '?')
+            throw BadOption(
+                text("%.80s: there is no such option, or its value is missing; see --help",
+                     argv[optind - 1]));
         apply_option(char(letter), optarg ? optarg : "");
     }
     if (optind < argc)
@@ -595,7 +598,7 @@ int main(int argc, char** argv) {
         wait_for_end(signals);
         end();
     } catch (const BadOption& e) {
-        if (*e.what()) fprintf(stderr, "dot-proxy: %s\n", e.what());
+        fprintf(stderr, "dot-proxy: %s\n", e.what());
         return 2;
     } catch (const std::exception& e) {
         fprintf(stderr, "dot-proxy: %s\n", e.what());
