@@ -157,8 +157,9 @@ std::string parse_network(const std::string& from) {
     int length = longest;
     if (slash != from.npos) length = parse_number(from.substr(slash + 1), 0, longest);
 
-    // 10.0.0.1/8 could mean a host or a network, and 0.0.0.0 could mean nobody or everybody. Bit
-    // number n of the address, from 1 on, stands at index n.
+    // 10.0.0.1/8 could mean a host or a network, and 0.0.0.0 could mean nobody or everybody. The
+    // first of the bits is the family, so a '1' at an index above `length` is behind the network's
+    // part.
     const size_t last_one = bits.find_last_of('1');
     if (last_one != bits.npos && int(last_one) > length)
         throw BadOption("the address has bits behind the first " + std::to_string(length) +
@@ -458,7 +459,8 @@ static void read_opt(Cursor& in, size_t start, int section, Layout& layout) {
     const Malformed malformed{"a malformed OPT"};
     if (layout.opt) throw Malformed{"more than one OPT"};
     const bool owner_is_root = in.at - start == 1 + 2;  // a zero, and the type
-    // What is known is set at once: if the rest is malformed, FORMERR has an OPT record as well.
+    // What is known is set at once: even if the rest is malformed, reply() sees that the client has
+    // EDNS.
     layout.opt = start;
     layout.udp_size = size_t(in.number("UDP size"));
     const size_t opt_flags_at = in.at + 2;  // behind the upper bits of the rcode, and the version
@@ -1211,8 +1213,9 @@ public:
         if (is_first) say("UPSTREAM " + address + " " + why + ": asked last until it answers");
     }
 
-    // A try that began at that time is late. `is_news`: this is the first report of this try. A
-    // name that takes long can make a try late, so is_to_blame() decides whether it is a fault.
+    // A try that began at that time is late. A name that takes long can make it so, so
+    // is_to_blame() decides whether it is a fault. While the try waits this is called again, with
+    // `is_news` false: it is the same try, but time has passed.
     void late(Time begun, bool is_news, const std::string& why) {
         {
             Lock lock(mutex);
@@ -1312,7 +1315,7 @@ public:
         return last_use >= time;
     }
 
-    // A ready connection has brought an answer. After as many as there is room for, the room grows.
+    // A ready connection has brought an answer. After `room` of these the room grows by one.
     void used() {
         Lock lock(mutex);
         last_use = Clock::now();
@@ -1458,7 +1461,8 @@ public:
         return message;
     }
 
-    // A try begins. Returns its number.
+    // A try begins. Returns its number. One that fails is taken out again, so a number may come
+    // twice: it only tells how many began later.
     int begin_try() { return ++tries_begun; }
 
     // Whether a try need not go on: there is an answer, or three others have begun since. That
@@ -1727,7 +1731,7 @@ public:
         count("dialled");
         open_socket();
         set_up_tls();
-        begin_step(2.5);  // TCP takes one round trip, and TLS another.
+        begin_step(2.5);  // in usual answers: TCP takes one round trip, and TLS another
         persist([this] { return connect_socket(); });
         stage = Failure::CONNECTED;
         persist([this] { return has_succeeded(SSL_connect(ssl.get())); });
@@ -1759,7 +1763,8 @@ public:
     // Takes what is there, and does not wait for more.
     bool is_alive() {
         if (is_nothing_there() && !SSL_has_pending(ssl.get())) return true;
-        may_wait = false;  // So the second is not waited for.
+        may_wait =
+            false;  // may_read() refuses a read that would wait, so the second is only a bound.
         const bool is_good = is_quiet(Clock::now() + seconds(1));
         may_wait = true;
         return is_good;
@@ -1818,7 +1823,8 @@ public:
     Time step_begun{};              // when it began to connect or sent its query
 
 private:
-    // A handshake, or an answer, takes no more octets from the other end: as many as four messages.
+    // The octets that are read in one step, a handshake or an answer: at most as many as four
+    // messages.
     static constexpr size_t most_octets = 4 * longest_message;
 
     void open_socket() {
@@ -2064,8 +2070,9 @@ private:
         octets_left = most_octets;
         ERR_clear_error();
         const int result = SSL_peek(ssl.get(), &octet, 1);
-        if (result > 0 || octets_left == 0) return false;
-        return SSL_get_error(ssl.get(), result) == SSL_ERROR_WANT_READ;
+        const bool is_waiting = SSL_get_error(ssl.get(), result) == SSL_ERROR_WANT_READ;
+        has_failed = !is_waiting || octets_left == 0;
+        return !has_failed;
     }
 
     Transaction* transaction = nullptr;  // which it works for
@@ -2163,10 +2170,11 @@ static RaceBudget race_budget;
 
 static void carry(const std::shared_ptr<Transaction>& transaction);
 
-// The race: another thread carries the transaction to the next upstream while this try waits on. It
-// costs nothing if this upstream is known to be at fault: then it is no race but a failover.
+// The race: another thread carries the transaction to the next upstream while this try waits on. If
+// this upstream is known to be at fault, that is no race but a failover, and does not spend the
+// budget.
 static bool start_race(Transaction& transaction, Upstream& upstream) {
-    if (!transaction.is_repeatable) return true;  // There is never one: no use in asking again.
+    if (!transaction.is_repeatable) return true;  // There must never be one: do not ask again.
     if (upstream.health.is_well() && !race_budget.spend()) return false;
     count("raced");
     const auto shared = transaction.shared_from_this();
@@ -2180,7 +2188,7 @@ static void learn_from(const Failure& failure, Upstream& upstream) {
     if (failure.cause == Failure::LOCAL) upstream.health.pass_over();
     if (failure.cause != Failure::CLOSED && failure.cause != Failure::FAULT) return;
     if (failure.stage == Failure::ASKED) return;
-    upstream.stock.drop_dead();
+    upstream.stock.drop_dead();  // A resolver that has gone has closed these, too.
     if (failure.cause == Failure::CLOSED && upstream.open.in_use() > 0) {
         upstream.stock.refused();  // It serves others, and wants no more.
     } else {
@@ -2358,7 +2366,8 @@ static void keep_upstreams_warm() {
         well++;
         Stock& stock = upstream->stock;
         const size_t have = stock.size();
-        const auto place = have < wanted && stock.may_dial() ? stock.reserve() : nullptr;
+        std::shared_ptr<Permit> place;
+        if (have < wanted && stock.may_dial()) place = stock.reserve();
         // In a thread of its own: a resolver that says nothing would hold up the others.
         if (place && upstream->health.claim(true)) open_ahead_in_thread(*upstream, place);
         wanted = std::max(wanted, have);  // for the next upstream

@@ -20,9 +20,9 @@
 // waits for one thing at a time: every socket blocks. If its resolver is late, the query gets a
 // second thread.
 //
-// Each query has a TLS connection to itself. That costs a round trip for TCP, one for TLS and one
-// for the answer, so a thread that has answered opens the next connection ahead of time. Such a
-// "ready connection" is verified and unused, and waits for a query to come.
+// Each query has a TLS connection to itself (unless --reuse is given). That costs a round trip for
+// TCP, one for TLS and one for the answer, so a thread that has answered opens the next connection
+// ahead of time. Such a "ready connection" is verified and unused, and waits for a query to come.
 //
 // What dot-proxy is not: a cache, a validator, an authoritative server or a client of plain DNS. No
 // code path sends a query in the clear, or to a server that is not authenticated.
@@ -239,7 +239,7 @@ void set_option(int fd, int level, int option, const auto& value) {
 }
 
 // ---- Beyond POSIX ------------------------------------------------------------------------------
-// These do nothing in a program that was made with -DPOSIX_ONLY.
+// In a program that was made with -DPOSIX_ONLY these do nothing, and options have no long words.
 
 // Has the kernel acknowledge at once what has come over this TCP socket.
 void acknowledge_at_once(int fd);
@@ -289,11 +289,12 @@ bool detach(const std::function<void()>& work);
 
 // A permit to do something of which only so much may go on at a time. It is given back when it is
 // destroyed. Permits bound the threads, memory and handshakes that strangers can cause.
+class Permits;
 struct Permit {
     Permit() = default;
     Permit(const Permit&) = delete;
     ~Permit();
-    class Permits* of = nullptr;  // who gave it, and gets it back; nullptr: nobody yet
+    Permits* of = nullptr;  // who gave it, and gets it back; nullptr: nobody yet
 };
 
 class Permits {

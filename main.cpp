@@ -292,7 +292,7 @@ struct Datagram {
         msghdr header = header_of(whole);
         const ssize_t got = recvmsg(fd, &header, 0);
         if (got < 0) return false;
-        answer_from_asked_address(header);  // It is kept for answer().
+        answer_from_asked_address(header);  // It changes `control`, which answer() sends.
         control_size = header.msg_controllen;
         octets.assign(buffer.begin(), buffer.begin() + got);
         return true;
@@ -300,7 +300,8 @@ struct Datagram {
 
     void answer(Bytes message) {
         iovec whole{message.data(), message.size()};
-        const msghdr header = header_of(whole);
+        msghdr header = header_of(whole);
+        header.msg_namelen = client.size();
         // UDP may lose an answer, for example if a buffer is full: then the client asks again.
         sendmsg(fd, &header, MSG_DONTWAIT);
     }
@@ -406,8 +407,8 @@ static void serve_tcp(int listener) {
             count("denied");
             continue;
         }
-        // RFC 7766 6.2.3. On Linux a limit holds for all the waits of one call, so that a client
-        // which sends or takes an octet now and then gains nothing.
+        // RFC 7766 6.2.3. On Linux the limit is for a whole recv() or send(), not for each wait in
+        // it, so a client which sends or takes an octet now and then gains nothing.
         set_option(fd, SOL_SOCKET, SO_RCVTIMEO, timeval{10, 0});
         set_option(fd, SOL_SOCKET, SO_SNDTIMEO, timeval{3, 0});
         set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
