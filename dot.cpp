@@ -1213,17 +1213,24 @@ public:
         if (is_first) say("UPSTREAM " + address + " " + why + ": asked last until it answers");
     }
 
-    // A try that began at that time is late. A name that takes long can make it so, so
-    // is_to_blame() decides whether it is a fault. While the try waits this is called again, with
-    // `is_news` false: it is the same try, but time has passed.
-    void late(Time begun, bool is_news, const std::string& why) {
+    // A try that began at that time is late. A name that takes long can make it so, so that alone
+    // is no fault. While the try waits this is called again, with `is_news` false: it is the same
+    // try, but time has passed. `silence`: as long as a handshake takes at most, if one is going
+    // on; else nothing can be said.
+    void late(Time begun, bool is_news, std::optional<Duration> silence, const std::string& why) {
         {
             Lock lock(mutex);
             if (last_answer >= begun) return;
             if (lates == 0) first_late = begun;
             if (is_news) lates++;
-            if (!is_to_blame()) return;
-            is_deaf = last_handshake >= first_late;
+            if (lates < 3) return;
+            // Nobody has had an answer since, nor as much as a handshake: it is gone. If handshakes
+            // succeed, perhaps these names take long; but half a second is enough.
+            const Time now = Clock::now();
+            const Time last_sign = std::max(first_late, last_handshake);
+            const bool is_gone = silence && now >= last_sign + *silence;
+            if (!is_gone && now < first_late + milliseconds(500)) return;
+            is_deaf = !is_gone;
         }
         at_fault(why);
     }
@@ -1235,16 +1242,6 @@ public:
     }
 
 private:
-    // Three tries are late, and nobody has had an answer since the first of them began. After 100
-    // ms without a handshake either, it is gone. Otherwise perhaps these names take long, but after
-    // half a second it is to blame as well.
-    bool is_to_blame() const {
-        const Duration since = Clock::now() - first_late;
-        const bool is_silent = last_handshake < first_late;
-        if (lates < 3) return false;
-        return since >= milliseconds(500) || (is_silent && since >= milliseconds(100));
-    }
-
     // RFC 9520 3.2: a failure is remembered for a second at least, and for five minutes at most.
     void begin_rest(Time now) {
         const seconds rest(1 << std::min(faults, 9));
@@ -1262,14 +1259,14 @@ private:
     }
 
     const std::string address;
-    std::mutex mutex;      // guards what follows
-    int faults = 0;        // rests, one after the other
-    Time rests_until{};    // in the past: it is well
-    Time asked_at{};       // when it was asked last although it is at fault
-    int lates = 0;         // tries that were late, since it answered last
-    Time first_late{};     // when the first of these tries began
-    bool is_deaf = false;  // it shakes hands and answers nobody, so only an answer ends its rest
+    std::mutex mutex;    // guards what follows
+    int faults = 0;      // rests, one after the other
+    Time rests_until{};  // in the past: it is well
+    Time asked_at{};     // when it was asked last although it is at fault
+    int lates = 0;       // tries that were late, since it answered last
+    Time first_late{};   // when the first of these tries began
     Time last_handshake{};
+    bool is_deaf = false;  // it shakes hands and answers nobody, so only an answer ends its rest
     Time last_answer{};
 };
 
@@ -1398,6 +1395,7 @@ struct Upstream : Peer {
     Stock stock;
     UsualTime usual_answer{64};  // from a query that was sent to its answer
     Permits open{SIZE_MAX};      // counts verified connections; there is no limit
+    Permits dials{SIZE_MAX};     // counts those that are going on
     std::atomic<int> group{0};   // of the last key exchange, as an OpenSSL NID; 0: none yet
 };
 
@@ -1483,12 +1481,12 @@ public:
     }
 
     // Two tries may take a ready connection: the second one cures a lost packet. Otherwise a new
-    // connection is dialled: after two ready ones, as perhaps all are dead; when any connection was
-    // closed upon this query; and for a query that may be sent only once.
+    // connection is dialled: after two ready ones, as perhaps all are dead; when this upstream has
+    // closed one upon this query; and for a query that may be sent only once.
     bool may_use_ready(const Upstream& upstream) {
         Lock lock(mutex);
-        if (!is_repeatable || closed_upon > 0) return false;
-        return tries[upstream.number].ready < most_ready;
+        const Tries& one = tries[upstream.number];
+        return is_repeatable && one.closed == 0 && one.ready < most_ready;
     }
 
     void uses_ready(const Upstream& upstream) {
@@ -1502,7 +1500,10 @@ public:
     }
 
     void will_be_sent() { was_sent = true; }
-    bool was_closed_upon() const { return closed_upon > 0; }
+    bool was_closed_by(const Upstream& upstream) {
+        Lock lock(mutex);
+        return tries[upstream.number].closed > 0;
+    }
 
     // A try has failed. `is_try`: it counts as one of three. `is_refusal`: the upstream may have
     // closed the connection because of the query.
@@ -1511,7 +1512,10 @@ public:
         Tries& one = tries[upstream.number];
         tries_begun--;
         if (!is_try) one.asked--;
-        if (is_refusal) closed_upon++;
+        if (is_refusal) {
+            one.closed++;
+            closed_upon++;
+        }
         one.not_before = Clock::now() + one.pause;
         one.pause = std::min<Duration>(2 * one.pause, milliseconds(400));
         // The client's line tells the reason of the try that got furthest.
@@ -1524,8 +1528,9 @@ private:
     static constexpr int most_ready = 2;
 
     struct Tries {
-        int asked = 0;  // so often for this query
-        int ready = 0;  // over so many ready connections
+        int asked = 0;   // so often for this query
+        int ready = 0;   // over so many ready connections
+        int closed = 0;  // so many connections were closed, perhaps because of this query
         Time not_before{};
         Duration pause = milliseconds(50);
     };
@@ -1592,9 +1597,9 @@ private:
     std::atomic<int> tries_begun{0};  // without those that have failed
     std::atomic<bool> was_answered{false};
     std::atomic<bool> was_sent{false};
-    std::atomic<int> closed_upon{0};  // so many connections, perhaps because of this query
-    std::mutex mutex;                 // guards what follows
-    std::vector<Tries> tries;         // one for each upstream
+    std::mutex mutex;          // guards what follows
+    std::vector<Tries> tries;  // one for each upstream
+    int closed_upon = 0;       // connections, by all of them
     Failure::Stage furthest = Failure::NOWHERE;
     std::string reason = "nobody could be asked in time";
 };
@@ -1728,6 +1733,7 @@ public:
 
     void dial() {  // [4]
         const Time begun = Clock::now();
+        const auto dial = upstream.dials.take();
         count("dialled");
         open_socket();
         set_up_tls();
@@ -1937,7 +1943,11 @@ private:
         if (now >= deadline) throw failure(Failure::TIMEOUT, why_it_is_late());
         if (!transaction || now < late_at) return;
 
-        upstream.health.late(step_begun, !is_late, why_it_is_late());
+        std::optional<Duration> silence;
+        if (upstream.dials.in_use() > 0)
+            silence = std::clamp<Duration>(5 * upstream.usual_answer.get(), milliseconds(100),
+                                           milliseconds(500));
+        upstream.health.late(step_begun, !is_late, silence, why_it_is_late());
         is_late = true;
         has_raced = start_race(*transaction, upstream);
         late_at = has_raced ? Time::max() : now + milliseconds(50);
@@ -2301,7 +2311,7 @@ static void carry(const std::shared_ptr<Transaction>& transaction) {
                 connection->work_for(transaction.get());
                 connection->dial();
                 // If this one stays open until the query is sent, an end is because of the query.
-                if (transaction->was_closed_upon()) connection->settle();
+                if (transaction->was_closed_by(*upstream)) connection->settle();
             }
             if (settings.verbose) connection->tell(4, connection->how_verified());
 
