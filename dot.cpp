@@ -1042,10 +1042,11 @@ std::shared_ptr<Permit> Permits::take() {
     return permit;
 }
 
-std::shared_ptr<Permit> Permits::wait() {
+std::shared_ptr<Permit> Permits::wait(Time until) {
     const auto permit = std::make_shared<Permit>();
     std::unique_lock<std::mutex> lock(mutex);
-    while (taken >= most) given_back.wait(lock);
+    const bool is_free = given_back.wait_until(lock, until, [this] { return taken < most; });
+    if (!is_free) return nullptr;
     taken++;
     permit->of = this;
     return permit;
@@ -1060,6 +1061,11 @@ void Permits::give_back() {
 size_t Permits::in_use() {
     Lock lock(mutex);
     return taken;
+}
+
+size_t Permits::get_most() {
+    Lock lock(mutex);
+    return most;
 }
 
 void Permits::set_most(size_t number) {
@@ -1090,8 +1096,8 @@ public:
         } else if (took < usual) {
             usual -= (usual - took) / 8;
         } else {
-            const Duration more =
-                std::min(took - usual, usual);  // It counts twice the usual at most.
+            // It counts as twice the usual at most.
+            const Duration more = std::min(took - usual, usual);
             usual += more / inertia;
         }
     }
@@ -1279,7 +1285,7 @@ private:
 // grows again as its connections are used.
 class Stock {
 public:
-    explicit Stock(size_t most) : most(most), room(most), places(most) {}
+    explicit Stock(size_t most) : most(most), places(most) {}
 
     // A place for a connection that will be opened; nullptr: there is no room.
     std::shared_ptr<Permit> reserve() { return places.take(); }
@@ -1312,16 +1318,18 @@ public:
         return last_use >= time;
     }
 
-    // A ready connection has brought an answer. After `room` of these the room grows by one.
+    // A ready connection has brought an answer. After as many as there are places, there is one
+    // more.
     void used() {
         Lock lock(mutex);
         last_use = Clock::now();
         no_dial_before = {};
         deaths = 0;
         uses++;
+        const size_t room = places.get_most();
         if (uses < room || room >= most) return;
         uses = 0;
-        set_room(room + 1);
+        places.set_most(room + 1);
     }
 
     // A handshake took so long.
@@ -1358,14 +1366,9 @@ private:
         const Time now = Clock::now();
         if (now < halved_at + once_in) return;
         halved_at = now;
-        const size_t half = std::min(room, places.in_use()) / 2;
+        const size_t half = std::min(places.get_most(), places.in_use()) / 2;
         const size_t least = most > 0 ? 1 : 0;
-        set_room(std::max(half, least));
-    }
-
-    void set_room(size_t number) {
-        room = number;
-        places.set_most(number);
+        places.set_most(std::max(half, least));
     }
 
     std::shared_ptr<Connection> pop_oldest();
@@ -1375,10 +1378,9 @@ private:
     UsualTime usual_dial{8};
     std::mutex mutex;                                // guards what follows
     std::deque<std::shared_ptr<Connection>> parked;  // the oldest first
-    size_t room;                                     // for so many, parked or being opened
-    Permits places;
-    size_t uses = 0;  // since the room grew last
-    int deaths = 0;   // soon and unused, one after the other
+    Permits places;                                  // for those that are parked or being opened
+    size_t uses = 0;                                 // since there was a place more
+    int deaths = 0;                                  // soon and unused, one after the other
     Duration best_dial = seconds(10);
     Time last_use{};
     Time halved_at{};
@@ -1500,6 +1502,7 @@ public:
     }
 
     void will_be_sent() { was_sent = true; }
+
     bool was_closed_by(const Upstream& upstream) {
         Lock lock(mutex);
         return tries[upstream.number].closed > 0;
@@ -1769,8 +1772,8 @@ public:
     // Takes what is there, and does not wait for more.
     bool is_alive() {
         if (is_nothing_there() && !SSL_has_pending(ssl.get())) return true;
-        may_wait =
-            false;  // may_read() refuses a read that would wait, so the second is only a bound.
+        // may_read() refuses a read that would wait, so the second is only a bound.
+        may_wait = false;
         const bool is_good = is_quiet(Clock::now() + seconds(1));
         may_wait = true;
         return is_good;
@@ -1817,8 +1820,8 @@ public:
     }
 
     void tell(int step, const std::string& what, const Bytes& message = {}) const {
-        if (transaction)
-            transaction->query.tell(step, upstream.address.str() + " " + what, message);
+        if (!transaction || settings.verbose == 0) return;
+        transaction->query.tell(step, upstream.address.str() + " " + what, message);
     }
 
     Upstream& upstream;

@@ -194,6 +194,7 @@ static void report(const Query& query, const Outcome& outcome) {
 }
 
 static void tell_of_answer(const Query& query, const Bytes& answer) {
+    if (settings.verbose == 0) return;
     std::string words = rcode_name(rcode_of(answer)) + text(", %zu octets", answer.size());
     if (is_truncated(answer)) words += ", TC: there is more";
     query.tell(8, words, answer);
@@ -243,10 +244,11 @@ static void tell_of_refusal(const Address& client, bool tcp) {
 
 // [1] [2] A query has come: judges it, and answers it or has it forwarded. Returns false if it was
 // no query.
-static bool take(const Bytes& octets, bool tcp, const Address& client, const Send& send) {
+static bool take(Bytes octets, bool tcp, const Address& client, const Send& send) {
     count(tcp ? "tcp" : "udp");
-    const auto query = std::make_shared<const Query>(octets, tcp);
-    query->tell(1, text("%zu octets over %s", octets.size(), tcp ? "TCP" : "UDP"), octets);
+    const auto query = std::make_shared<const Query>(std::move(octets), tcp);
+    query->tell(1, text("%zu octets over %s", query->octets.size(), tcp ? "TCP" : "UDP"),
+                query->octets);
 
     Verdict verdict = judge(*query);
     const bool is_ignored = verdict.action == Action::ignore;
@@ -265,7 +267,8 @@ static bool take(const Bytes& octets, bool tcp, const Address& client, const Sen
 
     // A TCP client's own thread can wait for a permit: it reads no more meanwhile. The thread of a
     // UDP socket must not.
-    std::shared_ptr<Permit> permit = tcp ? query_permits.wait() : query_permits.take();
+    std::shared_ptr<Permit> permit =
+        tcp ? query_permits.wait(query->deadline) : query_permits.take();
     if (!permit) {
         verdict = {Action::answer, SERVFAIL, "too many queries in flight"};
     } else if (is_ending) {
@@ -328,13 +331,16 @@ static void serve_udp(int fd) {
     Bytes buffer(longest_message);
     for (;;) {
         const auto datagram = std::make_shared<Datagram>(fd);
-        if (!datagram->receive(buffer)) continue;  // [1]
+        if (!datagram->receive(buffer)) {                   // [1]
+            std::this_thread::sleep_for(milliseconds(20));  // There is no memory, for example.
+            continue;
+        }
         if (!may_ask(datagram->client)) {
             tell_of_refusal(datagram->client, false);
             continue;
         }
         const auto send = [datagram](const Bytes& answer) { datagram->answer(answer); };
-        take(datagram->octets, false, datagram->client, send);  // [2], and a thread for it
+        take(std::move(datagram->octets), false, datagram->client, send);  // [2]: detaches a thread
     }
 }
 
@@ -366,25 +372,26 @@ struct Client {
 // For one query of a client. Its permit is given back when its answer has been sent.
 struct WayBack {
     const std::shared_ptr<Client> client;
-    const std::shared_ptr<Permit>
-        permit;  // Declared last, so destroyed first: it is of client->queries.
+    // Declared last, so destroyed first: it is one of client->queries.
+    const std::shared_ptr<Permit> permit;
 };
 
 static void serve_client(const std::shared_ptr<Client>& client) {
     for (;;) {
-        const auto permit = client->queries.wait();
-        const std::optional<Bytes> octets = read_frame(client->fd);  // [1]
+        const auto permit = client->queries.wait(Time::max());
+        std::optional<Bytes> octets = read_frame(client->fd);  // [1]
         if (!octets) return;
         const auto way_back = std::make_shared<WayBack>(WayBack{client, permit});
         const auto send = [way_back](const Bytes& answer) { way_back->client->answer(answer); };
-        if (!take(*octets, true, client->address, send)) return;  // [2], and a thread for it
+        const bool is_query = take(std::move(*octets), true, client->address, send);  // [2]
+        if (!is_query) return;
     }
 }
 
 static void serve_tcp(int listener) {
     std::map<std::string, std::shared_ptr<Permits>> hosts;  // those that have clients
     for (;;) {
-        const auto permit = client_permits.wait();  // More clients wait in the backlog.
+        const auto permit = client_permits.wait(Time::max());  // More clients wait in the backlog.
         Address address;
         socklen_t size = sizeof address;
         const int fd = accept4(listener, &address.any, &size, SOCK_CLOEXEC);
