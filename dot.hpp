@@ -1,4 +1,5 @@
-// dot.hpp - every type and every contract of dot-proxy, in the order in which a query meets them.
+// dot.hpp - the types and contracts that both parts of dot-proxy use, in the order in which a query
+// meets them.
 //
 // dot-proxy takes plain DNS over UDP and TCP and asks a resolver over TLS (RFC 7858). A query takes
 // eight steps. They have the same numbers here, in the code, in what -v prints and in the README:
@@ -79,7 +80,7 @@ struct Address {
     union {  // any.sa_family tells which
         sockaddr any;
         sockaddr_in v4;
-        sockaddr_in6 v6{};
+        sockaddr_in6 v6{};  // the largest, so this zeroes all of it
     };
     bool is_v4() const { return any.sa_family == AF_INET; }
     int port() const { return ntohs(v4.sin_port); }  // at the same place in both families
@@ -252,7 +253,7 @@ void answer_from_asked_address(struct msghdr& header);
 void allow_absent_address(int fd);
 // Gives up the supplementary groups. Returns false on failure, and sets errno.
 bool drop_groups();
-// From now on no program that is executed can gain rights.
+// From now on a set-user-ID program that this one executes gains no rights (PR_SET_NO_NEW_PRIVS).
 void gain_no_privileges();
 // Has malloc(3) share two pools of memory among all threads.
 void save_memory();
