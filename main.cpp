@@ -63,7 +63,7 @@ static const std::vector<OptionRow>& option_rows() {
          add_upstream},
         {'c', "ca", "FILE", "certificates to trust; repeatable", "the system's",
          [](Value value) { settings.ca.push_back(value); }},
-        {'a', "allow", "NETWORK", "who may ask, besides loopback; repeatable", "private networks",
+        {'a', "allow", "NETWORK", "who may ask, besides this host; repeatable", "private networks",
          [](Value value) { settings.allow.push_back(parse_network(value)); }},
         {'d', "deny", "NETWORK", "who may not, even if allowed; repeatable", "",
          [](Value value) { settings.deny.push_back(parse_network(value)); }},
@@ -131,8 +131,10 @@ static void set_defaults() {
                                     "100.64.0.0/10", "169.254.0.0/16", "fc00::/7", "fe80::/10"})
             settings.allow.push_back(parse_network(network));
     }
+    // This host may ask in any case, at loopback and where the program listens.
     settings.allow.push_back(parse_network("127.0.0.0/8"));
     settings.allow.push_back(parse_network("::1"));
+    for (const Address& address : settings.listen) settings.allow.push_back(address.bits());
 }
 
 // Fills the settings. Throws BadOption.
