@@ -1,6 +1,6 @@
 # make                  builds build/dot-proxy; CPPFLAGS=-DPOSIX_ONLY without what POSIX lacks
 # make run              on 127.0.0.1, port 5300
-# make demo             one query without internet, its story and its octets
+# make demo             two queries without internet, their story, octets and a capture for Wireshark
 # make install          into PREFIX=/usr/local (and DESTDIR); make uninstall takes it away
 # make test             all tests, or TESTS='-R ^tls'; SANITIZE=address,undefined or SANITIZE=thread
 # make exercise N=07    a copy of the tree with that contribution applied, to be reviewed
@@ -50,7 +50,7 @@ $(addprefix $(DIR)/test/,all upstream $(LONG)): $(DIR)/test/%: $(DIR)/dot-proxy
 	@+cmake --build $(DIR)/test --target $* -j $$(nproc) >/dev/null
 
 demo: $(DIR)/test/upstream
-	@test/demo.sh $(DIR)/dot-proxy $<
+	@test/demo.sh $(DIR)/dot-proxy $< $(DIR)/demo.pcapng
 
 bench: $(DIR)/test/upstream
 	@test/bench.sh $(abspath $(DIR)/dot-proxy) $(abspath $<)
