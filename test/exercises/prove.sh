@@ -10,7 +10,7 @@ regex=.
 [ "${1:-}" = -R ] && { regex=$2; shift 2; }
 dir=$(cd "${1:-$here}" && pwd) || exit 1
 shift $(($# > 0))
-others='^(soak|outage|flood|readme|demo|house)\.'  # they take long, or look at other files than the program
+others='^(soak|outage|flood|readme|demo|house|watch)\.'  # they take long, or look at other files than the program
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
