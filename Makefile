@@ -5,6 +5,9 @@
 # make test             all tests, or TESTS='-R ^tls'; SANITIZE=address,undefined or SANITIZE=thread
 # make exercise N=07    a copy of the tree with that contribution applied, to be reviewed
 # make exercises        proves all of them
+# make step N=3         a copy of the tree without that step's function, which is yours to write
+# make try N=3          runs its tests in that copy
+# make steps            proves that the tests grade all eight
 # make bench            beside the forwarders that are installed
 # make fuzz             gives any octets to the pure functions; SECONDS=60 for each
 # make soak             clients and resolvers of every bad manner; N=200000 queries
@@ -90,6 +93,16 @@ exercise:
 	cp -r main.cpp dot.cpp dot.hpp Makefile README.md test $$tree && rm -r $$tree/test/exercises/[0-9a]* && \
 	patch -d $$tree -p1 --fuzz=0 <"$$1" >/dev/null && sed -n '/^Subject/,/^---$$/p' "$$1" && echo "is applied in $$tree"
 
+STEPS = command -v python3 >/dev/null || { echo "needs Python 3: apt-get install python3" >&2; exit 1; }; test/steps/steps.py
+step:
+	@$(STEPS) begin "$(N)"
+
+try:
+	@$(STEPS) try "$(N)"
+
+steps:
+	@$(STEPS) prove
+
 clean:
 	rm -rf build
-.PHONY: all help install uninstall run demo bench test fuzz soak outage flood chaos chaos-of-two exercises exercise clean $(addprefix $(DIR)/test/,all upstream $(LONG))
+.PHONY: all help install uninstall run demo bench test fuzz soak outage flood chaos chaos-of-two exercises exercise step try steps clean $(addprefix $(DIR)/test/,all upstream $(LONG))

@@ -1878,7 +1878,9 @@ private:
         if (copy) SSL_set_session(ssl.get(), copy.get());
     }
 
-    // The name that must be in the certificate, and in the hello (SNI).
+    // [4] Sets the name that must be in the certificate, and in the hello (SNI): `upstream.name`.
+    // If it is an IP address, the certificate must have that address, and the hello has no name.
+    // Returns false on failure.
     bool set_name() {
         X509_VERIFY_PARAM* param = SSL_get0_param(ssl.get());
         const char* name = upstream.name.c_str();
@@ -1912,6 +1914,8 @@ private:
         return true;
     }
 
+    // [6] Reads just so many octets, in however many pieces they come. Throws a Failure if it
+    // cannot.
     Bytes read(size_t size) {
         Bytes octets(size);
         size_t have = 0;
