@@ -83,6 +83,7 @@ chaos-of-two: $(DIR)/test/chaos
 
 ALL =
 exercises:
+	@test -d test/exercises/answers || { echo "the answers are not in this copy of the tree" >&2; exit 1; }
 	@test/exercises/prove.sh $(ALL)
 
 # For those who review: no answers, and no other contribution.

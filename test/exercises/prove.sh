@@ -35,7 +35,7 @@ build() {  # TREE
     done
     "${CXX:-g++}" -pthread -o "$1/dot-proxy" "$1/main.o" "$1/dot.o" -lssl -lcrypto &&
         "${CXX:-g++}" -pthread -o "$1/unit" "$1/unit.o" "$1/dot.o" "$top/build/test/libserver.a" -lssl -lcrypto &&
-        sed "s,$top/build/dot-proxy,$1/dot-proxy,g; s,$top/build/test/unit,$1/unit,g; s/TIMEOUT \"*300/TIMEOUT \"60/" \
+        sed "s,$top/build/dot-proxy,$1/dot-proxy,g; s,$top/build/test/unit,$1/unit,g; s/TIMEOUT \"300/TIMEOUT \"120/" \
             "$top/build/test/CTestTestfile.cmake" >"$1/CTestTestfile.cmake"
 }
 
