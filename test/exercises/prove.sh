@@ -53,7 +53,7 @@ failing() {  # TREE REGEX
     cd "$1" || exit 1
     ctest -j 4 -R "$2" -E "$others" >log 2>&1
     if [ -s $list ]; then
-        ctest --rerun-failed -j 4 --repeat until-pass:2 >log 2>&1 && rm -f $list
+        ctest --rerun-failed -j 2 --repeat until-pass:2 >log 2>&1 && rm -f $list
     fi
     [ ! -s $list ] || cut -d: -f2 $list | sort
 }
