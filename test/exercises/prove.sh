@@ -2,14 +2,15 @@
 # Proves the exercises: each NN-name.patch has a message like the others, applies as it is, compiles with every warning
 # an error, stays formatted, and fails exactly the tests that answers/NN-name.md names after "caught-by:".
 # usage: prove.sh [--all] [NN...]
-# Of the tests that must pass it runs those that "seen-by:" matches. --all runs every one of them: do so once for an
-# exercise that is new. Prints a table; exits with 1 if anything is not proven. Without NN it ends with controls.
+# Of the tests that must pass it runs those that "seen-by:" matches. --all runs every one of them, one exercise after the
+# other: do so once for an exercise that is new, and when little else runs, for some tests measure time. Prints a table;
+# exits with 1 if anything is not proven. Without NN it ends with controls.
 set -uo pipefail
 cd "$(dirname "$0")"
 dir=$PWD
 top=$(cd ../.. && pwd)
-all=
-[ "${1:-}" = --all ] && { all=.; shift; }
+all= at_once=$(nproc)
+[ "${1:-}" = --all ] && { all=. at_once=1; shift; }
 # They take long or all that the machine gives, look at other files than the program's, or may not be there.
 others='^(soak|outage|flood|chaos|readme|demo|house|posix|annotate)\.'
 for tool in patch cmake; do
@@ -143,7 +144,7 @@ if [ -n "$all" ]; then
 fi
 for name in "${names[@]}"; do
     [ $# -eq 0 ] || [[ " $* " == *" ${name%%-*} "* ]] || continue
-    while [ "$(jobs -rp | wc -l)" -ge "$(nproc)" ]; do wait -n; done
+    while [ "$(jobs -rp | wc -l)" -ge "$at_once" ]; do wait -n; done
     prove "$name" &
 done
 wait
