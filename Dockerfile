@@ -31,7 +31,7 @@ RUN printf '%s\n' >bin/start \
     '    grep -qsx "nameserver 127.0.0.1" /etc/resolv.conf ||' \
     '        echo nameserver 127.0.0.1 2>/dev/null >/etc/resolv.conf ||' \
     '        echo "warning: /etc/resolv.conf cannot be written:" \' \
-    '            "programs in this container ask the resolver that it names" >&2 ;;' \
+    '            "programs in this container ask the resolver that it names; start it with --dns 127.0.0.1" >&2 ;;' \
     'esac' \
     'if grep -q "^CapEff:.*[c-f].$" /proc/self/status; then' \
     '    set -- --user 65534 "$@"' \

@@ -116,16 +116,16 @@ static std::string advice_on_address(const std::string& from) {
     const bool is_number = from.find_first_not_of("0123456789") == from.npos;
     if (is_number && !from.empty()) return "a port follows an address: write 127.0.0.1@" + from;
 
-    // "127.0.0.1:53", "[::1]:53" or "[::1]"
-    const size_t colon = from.rfind(':');
-    std::string host = from;
-    std::string port;
-    if (colon != from.npos && !from.ends_with(']')) {
-        host = from.substr(0, colon);
-        port = "@" + from.substr(colon + 1);
+    // "127.0.0.1:53", "[::1]:53", "[::1]@53" or "[::1]"
+    std::string host = from.substr(0, from.rfind(':'));
+    std::string rest = from.substr(host.size());
+    if (from.starts_with('[')) {
+        const size_t bracket = std::min(from.find(']'), from.size());
+        host = from.substr(1, bracket - 1);
+        rest = from.substr(std::min(bracket + 1, from.size()));
     }
-    if (host.starts_with('[') && host.ends_with(']')) host = host.substr(1, host.size() - 2);
-    if (is_ip_address(host)) return "write " + host + port;
+    if (!rest.empty()) rest[0] = '@';
+    if (is_ip_address(host)) return "write the address as " + host + rest;
     return "this is not an IP address; write ADDR[@PORT], for example 127.0.0.1@5300";
 }
 
@@ -1248,9 +1248,15 @@ public:
     }
 
     // It cannot be asked for a reason on this machine, such as a missing route.
-    void pass_over() {
-        Lock lock(mutex);
-        rests_until = std::max(rests_until, Clock::now() + seconds(1));
+    void pass_over(const std::string& why) {
+        bool is_first = false;
+        {
+            Lock lock(mutex);
+            rests_until = std::max(rests_until, Clock::now() + seconds(1));
+            is_first = !is_out_of_reach;
+            is_out_of_reach = true;
+        }
+        if (is_first) say("LOCAL " + address + " cannot be asked from this machine: " + why);
     }
 
 private:
@@ -1266,6 +1272,7 @@ private:
         const bool was_at_fault = faults > 0;
         faults = 0;
         is_deaf = false;
+        is_out_of_reach = false;
         rests_until = {};
         return was_at_fault;
     }
@@ -1279,6 +1286,7 @@ private:
     Time first_late{};   // when the first of these tries began
     Time last_handshake{};
     bool is_deaf = false;  // it shakes hands and answers nobody, so only an answer ends its rest
+    bool is_out_of_reach = false;  // It could not be asked, for a reason on this machine.
     Time last_answer{};
 };
 
@@ -2216,7 +2224,7 @@ static bool start_race(Transaction& transaction, Upstream& upstream) {
 // What a failure says of the upstream. What goes wrong after it was asked says more of the query's
 // name than of the upstream; and that it is late was reported already.
 static void learn_from_failure(const Failure& failure, Upstream& upstream) {
-    if (failure.cause == Failure::LOCAL) upstream.health.pass_over();
+    if (failure.cause == Failure::LOCAL) upstream.health.pass_over(failure.why);
     if (failure.cause != Failure::CLOSED && failure.cause != Failure::FAULT) return;
     if (failure.stage == Failure::ASKED) return;
     upstream.stock.drop_dead();  // A resolver that has gone has closed these, too.
@@ -2437,7 +2445,7 @@ void gain_no_privileges() {}
 void save_memory() {}
 
 int next_option(int argc, char** argv, const std::vector<OptionWord>& words) {
-    std::string letters;
+    std::string letters = ":";  // getopt(3): a missing value is told by ':'.
     for (const OptionWord& word : words) {
         letters += word.letter;
         if (word.has_value) letters += ':';
@@ -2485,7 +2493,7 @@ void gain_no_privileges() { prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); }
 void save_memory() { mallopt(M_ARENA_MAX, 2); }
 
 int next_option(int argc, char** argv, const std::vector<OptionWord>& words) {
-    std::string letters;
+    std::string letters = ":";  // getopt(3): a missing value is told by ':'.
     std::vector<option> long_words;
     for (const OptionWord& word : words) {
         letters += word.letter;

@@ -17,6 +17,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <set>
 #include <system_error>
 #include <thread>
 
@@ -61,7 +62,7 @@ static const std::vector<OptionRow>& option_rows() {
          [](Value value) { settings.listen.push_back(parse_address(value, 53)); }},
         {'u', "upstream", "UPSTREAM", "whom to ask, in this order; repeatable", "cloudflare",
          add_upstream},
-        {'c', "ca", "FILE", "certificates to trust; repeatable", "the system's",
+        {'c', "ca", "FILE", "certificates to trust instead; repeatable", "the system's",
          [](Value value) { settings.ca.push_back(value); }},
         {'a', "allow", "NETWORK", "who may ask, besides this host; repeatable", "private networks",
          [](Value value) { settings.allow.push_back(parse_network(value)); }},
@@ -137,6 +138,15 @@ static void set_defaults() {
     for (const Address& address : settings.listen) settings.allow.push_back(address.bits());
 }
 
+// Otherwise the second one would find the port taken.
+static void refuse_to_listen_twice() {
+    std::set<std::string> places;
+    for (const Address& address : settings.listen) {
+        const bool is_new = places.insert(address.str()).second;
+        if (!is_new) throw BadOption("--listen " + address.str() + ": is named twice");
+    }
+}
+
 // Fills the settings. Throws BadOption.
 static void parse_options(int argc, char** argv) {
     std::vector<OptionWord> words;
@@ -147,14 +157,18 @@ static void parse_options(int argc, char** argv) {
         const int letter = next_option(argc, argv, words);
         if (letter == -1) break;
         if (letter == '?')
-            throw BadOption(
-                text("%.80s: there is no such option, or its value is missing; see --help",
-                     argv[optind - 1]));
+            throw BadOption(text("%.80s: there is no such option; see --help", argv[optind - 1]));
+        if (letter == ':')
+            throw BadOption(text("%.80s: its value is missing; see --help", argv[optind - 1]));
         apply_option(char(letter), optarg ? optarg : "");
     }
     if (optind < argc)
-        throw BadOption(text("unexpected argument '%.80s'; see --help", argv[optind]));
+        throw BadOption(
+            text("unexpected argument '%.80s': a value follows its option, as in "
+                 "--upstream quad9; see --help",
+                 argv[optind]));
     set_defaults();
+    refuse_to_listen_twice();
 }
 
 // ---- Bounds ------------------------------------------------------------------------------------
@@ -443,13 +457,13 @@ static bool is_own_address(const Address& address) {
 
 static std::string why_not_bound(const Address& address, int error) {
     const std::string port = std::to_string(address.port());
-    const std::string elsewhere = address.port() == 5300 ? "5353" : "5300";
+    const std::string elsewhere = address.port() == 5300 ? "5301" : "5300";
     const std::string advice = "; try --listen 127.0.0.1@" + elsewhere;
     switch (error) {
         case EADDRINUSE:
-            return "port " + port + " is taken" + advice;
+            return address.str() + ": port " + port + " is taken" + advice;
         case EACCES:
-            return "port " + port + " is not allowed" + advice;
+            return address.str() + ": port " + port + " is not allowed" + advice;
         case EADDRNOTAVAIL:
             return address.host() + " is not an address of this host" + advice;
     }
@@ -492,8 +506,10 @@ static std::vector<Listener> open_listeners() {
             continue;
         }
         if (!address.is_v4() && !is_own_address(address))
-            fprintf(stderr, "dot-proxy: warning: %s is not an address of this host yet\n",
-                    address.host().c_str());
+            fprintf(stderr,
+                    "dot-proxy: warning: %s is not an address of this host yet; a port is written "
+                    "ADDR@PORT\n",
+                    address.str().c_str());
     }
     if (listeners.empty()) throw std::runtime_error("there is no address to listen on");
     return listeners;

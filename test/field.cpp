@@ -129,6 +129,8 @@ TEST("field.a_query_waits_while_this_machine_has_no_port_left") {
     CHECK(answer);
     CHECK_EQ(Answer(*answer).rcode(), 0);
     CHECK_WHY(!contains(proxy.out(), "UPSTREAM"), proxy.out());
+    CHECK(proxy.prints("LOCAL " + upstream.spec().substr(0, upstream.spec().find('#')) +
+                       " cannot be asked from this machine: "));
 }
 
 // Port 853 is filtered, and there is no IPv6: the address that hung tells the user what to do, and
