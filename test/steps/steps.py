@@ -62,7 +62,8 @@ def definition(source, name):
     """The lines of a function's body, first and last, and its indent. clang-format makes them easy to find."""
     lines = source.split("\n")
     start = r"( *)(?:[\w:<>&*]+ )+%s\(.*\)(?: const)? \{(?: *//.*)?" % re.escape(name)
-    found = [(at, match[1]) for at, line in enumerate(lines) if (match := re.fullmatch(start, line))]
+    found = [(at, match[1]) for at, line in enumerate(lines)
+             if name + "(" in line and (match := re.fullmatch(start, line))]
     require(len(found) == 1, "dot.cpp defines", name + "()", len(found), "times, and not once")
     (at, indent), = found
     for end in range(at + 1, len(lines)):
@@ -86,7 +87,7 @@ def contract(header, source, name):
     """The comment before the declaration in dot.hpp, or else before the definition, and that line."""
     lines = header.split("\n")
     start = r"(?:[\w:<>&*]+ )+%s\(.*" % re.escape(name)
-    found = [at for at, line in enumerate(lines) if re.fullmatch(start, line)]
+    found = [at for at, line in enumerate(lines) if name + "(" in line and re.fullmatch(start, line)]
     require(len(found) < 2, "dot.hpp declares", name + "() more than once")
     if not found:
         lines = source.split("\n")
