@@ -4,7 +4,8 @@
 # make install          into PREFIX=/usr/local (and DESTDIR); make uninstall takes it away
 # make test             all tests, or TESTS='-R ^tls'; SANITIZE=address,undefined or SANITIZE=thread
 # make exercise N=07    a copy of the tree with that contribution applied, to be reviewed
-# make exercises        proves all of them
+# make exercises        proves all of them; ALL=--all with every test
+# make exercise-pack    the tree, all contributions and a sheet, without the answers, for a class
 # make bench            beside the forwarders that are installed
 # make fuzz             gives any octets to the pure functions; SECONDS=60 for each
 # make soak             clients and resolvers of every bad manner; N=200000 queries
@@ -80,16 +81,29 @@ chaos-of-two: $(DIR)/test/chaos
 	@echo "$(DIR)/dot-proxy, $(SECONDS) s, and again with --reuse and -vv"
 	@PROXY=$(abspath $(DIR)/dot-proxy) SECONDS=$(SECONDS) $<
 
+ALL =
 exercises:
-	@test/exercises/prove.sh
+	@test -d test/exercises/answers || { echo "the answers are not in this copy of the tree" >&2; exit 1; }
+	@test/exercises/prove.sh $(ALL)
 
+# For those who review: no answers, and no other contribution.
+FOR_REVIEW = main.cpp dot.cpp dot.hpp Makefile Dockerfile README.md test
 exercise:
+	@command -v patch >/dev/null || { echo "needs patch: apt-get install patch" >&2; exit 1; }
 	@set -- test/exercises/$(N)-*.patch; test -f "$$1" || \
 	  { echo "which one? make exercise N=01, or another of:" $$(ls test/exercises | sed -n 's/-.*patch$$//p') >&2; exit 1; }; \
-	tree=build/exercise-$(N); rm -rf $$tree; mkdir -p $$tree; \
-	cp -r main.cpp dot.cpp dot.hpp Makefile README.md test $$tree && rm -r $$tree/test/exercises/[0-9a]* && \
-	patch -d $$tree -p1 --fuzz=0 <"$$1" >/dev/null && sed -n '/^Subject/,/^---$$/p' "$$1" && echo "is applied in $$tree"
+	tree=build/exercise-$(N); trap 'rm -rf $$tree.part' EXIT; rm -rf $$tree $$tree.part && mkdir -p $$tree.part && \
+	cp -r $(FOR_REVIEW) $$tree.part && rm -r $$tree.part/test/exercises/[!R]* && \
+	patch -d $$tree.part -p1 --fuzz=0 --no-backup-if-mismatch -s <"$$1" && mv $$tree.part $$tree && \
+	sed -n '/^Subject/,/^---$$/p' "$$1" && echo "is applied in $$tree"
+
+exercise-pack:
+	@pack=build/dot-proxy-exercises; trap "rm -rf $$pack" EXIT; rm -rf $$pack && mkdir -p $$pack && \
+	cp -r $(FOR_REVIEW) $$pack && (cd $$pack/test/exercises && rm -r answers prove.sh && \
+	sed -n '/^| exercise/,/^|-/p' README.md >sheet.md && \
+	for one in *.patch; do echo "| $${one%.patch} | | | | | |"; done >>sheet.md) && \
+	tar -C build -czf build/exercises.tar.gz dot-proxy-exercises && echo "build/exercises.tar.gz is written"
 
 clean:
 	rm -rf build
-.PHONY: all help install uninstall run demo bench test fuzz soak outage flood chaos chaos-of-two exercises exercise clean $(addprefix $(DIR)/test/,all upstream $(LONG))
+.PHONY: all help install uninstall run demo bench test fuzz soak outage flood chaos chaos-of-two exercises exercise exercise-pack clean $(addprefix $(DIR)/test/,all upstream $(LONG))
