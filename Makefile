@@ -1,11 +1,14 @@
 # make                  builds build/dot-proxy; CPPFLAGS=-DPOSIX_ONLY without what POSIX lacks
 # make run              on 127.0.0.1, port 5300
-# make demo             one query without internet, its story and its octets
+# make demo             two queries without internet, their story, octets and a capture for Wireshark
 # make install          into PREFIX=/usr/local (and DESTDIR); make uninstall takes it away
 # make test             all tests, or TESTS='-R ^tls'; SANITIZE=address,undefined or SANITIZE=thread
 # make exercise N=07    a copy of the tree with that contribution applied, to be reviewed
 # make exercises        proves all of them; ALL=--all with every test
 # make exercise-pack    the tree, all contributions and a sheet, without the answers, for a class
+# make step N=3         a copy of the tree without that step's function, which is yours to write
+# make try N=3          runs its tests in that copy
+# make steps            proves that the tests grade all eight
 # make bench            beside the forwarders that are installed
 # make fuzz             gives any octets to the pure functions; SECONDS=60 for each
 # make soak             clients and resolvers of every bad manner; N=200000 queries
@@ -51,7 +54,7 @@ $(addprefix $(DIR)/test/,all upstream $(LONG)): $(DIR)/test/%: $(DIR)/dot-proxy
 	@+cmake --build $(DIR)/test --target $* -j $$(nproc) >/dev/null
 
 demo: $(DIR)/test/upstream
-	@test/demo.sh $(DIR)/dot-proxy $<
+	@test/demo.sh $(DIR)/dot-proxy $< $(DIR)/demo.pcapng
 
 bench: $(DIR)/test/upstream
 	@test/bench.sh $(abspath $(DIR)/dot-proxy) $(abspath $<)
@@ -104,6 +107,16 @@ exercise-pack:
 	for one in *.patch; do echo "| $${one%.patch} | | | | | |"; done >>sheet.md) && \
 	tar -C build -czf build/exercises.tar.gz dot-proxy-exercises && echo "build/exercises.tar.gz is written"
 
+STEPS = command -v python3 >/dev/null || { echo "needs Python 3: apt-get install python3" >&2; exit 1; }; test/steps/steps.py
+step:
+	@$(STEPS) begin "$(N)"
+
+try:
+	@$(STEPS) try "$(N)"
+
+steps:
+	@$(STEPS) prove
+
 clean:
 	rm -rf build
-.PHONY: all help install uninstall run demo bench test fuzz soak outage flood chaos chaos-of-two exercises exercise exercise-pack clean $(addprefix $(DIR)/test/,all upstream $(LONG))
+.PHONY: all help install uninstall run demo bench test fuzz soak outage flood chaos chaos-of-two exercises exercise exercise-pack step try steps clean $(addprefix $(DIR)/test/,all upstream $(LONG))

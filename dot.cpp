@@ -153,20 +153,20 @@ std::string parse_network(const std::string& from) {
         throw BadOption("this is not a network; write ADDR[/LENGTH], for example 10.0.0.0/8");
     const Address address = parse_address(host, 0);
     const std::string bits = address.bits();
-    const int longest = int(bits.size()) - 1;  // The first of them is the family.
+    const int longest = int(bits.size()) - 1;  // The first character is the family.
     int length = longest;
     if (slash != from.npos) length = parse_number(from.substr(slash + 1), 0, longest);
 
-    // 10.0.0.1/8 could mean a host or a network, and 0.0.0.0 could mean nobody or everybody. The
-    // first of the bits is the family, so a '1' at an index above `length` is behind the network's
-    // part.
-    const size_t last_one = bits.find_last_of('1');
-    if (last_one != bits.npos && int(last_one) > length)
+    const std::string network = bits.substr(0, 1 + size_t(length));
+    const std::string rest = bits.substr(1 + size_t(length));
+    // 10.0.0.1/8 could mean a host or a network.
+    if (rest.find('1') != rest.npos)
         throw BadOption("the address has bits behind the first " + std::to_string(length) +
                         "; write " + address.host() + " for this host, or the network's address");
-    if (last_one == bits.npos && slash == from.npos)
+    // 0.0.0.0 could mean nobody or everybody.
+    if (slash == from.npos && bits.find('1') == bits.npos)
         throw BadOption("this is no host's address; write " + address.host() + "/0 for everybody");
-    return bits.substr(0, 1 + size_t(length));
+    return network;
 }
 
 // The addresses of well-known resolvers, and the name that each must prove to have.
@@ -416,21 +416,21 @@ public:
     // A compression pointer ends a name, and is not followed: what it points to is not needed, and
     // it may be a circle. Returns where that pointer is; 0: there is none.
     size_t name(bool may_have_pointer) {
-        const size_t start = at;
-        size_t end = at;  // It runs ahead; `at` stays until the whole name has been seen.
+        size_t size = 0;  // of the labels so far; `at` stays until the whole name has been seen
         for (;;) {
-            require(end - start + 1);
-            const int length = message[end];
+            require(size + 1);
+            const int length = message[at + size];
             if (length == 0) break;
             if (length >= 0xc0 && may_have_pointer) {
-                skip(end - start + 2, "name", Field::NAME);
-                return end;
+                const size_t pointer = at + size;
+                skip(size + 2, "name", Field::NAME);
+                return pointer;
             }
-            end += 1 + size_t(length);
-            if (length > 63 || end - start >= longest_name)
+            size += 1 + size_t(length);
+            if (length > 63 || size >= longest_name)
                 throw Malformed{"a name or record does not parse"};
         }
-        skip(end - start + 1, "name", Field::NAME);
+        skip(size + 1, "name", Field::NAME);
         return 0;
     }
 
@@ -525,7 +525,7 @@ static Layout parse_and_note(const Bytes& m, std::vector<Field>* fields) {
                 layout.end = in.at;
             }
         }
-        in.note(Field::DATA, "the rest");  // No section counts it.
+        in.note(Field::DATA, "the rest");  // No section counts it. Often it is empty.
     } catch (const Malformed& fault) {
         layout.fault = fault.what;
         in.note(Field::DATA, fault.what);
@@ -682,7 +682,7 @@ void Query::tell(int step, const std::string& what, const Bytes& message) const 
 
 static bool equals_without_case(uint8_t a, uint8_t b) { return tolower(a) == tolower(b); }
 
-// Whether the question asks for resolver.arpa or a name below it: for a name that ends like this.
+// Whether the question's name is resolver.arpa, or ends in it.
 static bool asks_for_resolver_arpa(const Query& query) {
     static const Bytes wanted{8, 'r', 'e', 's', 'o', 'l', 'v', 'e', 'r', 4, 'a', 'r', 'p', 'a', 0};
     const Bytes& q = query.octets;
@@ -716,7 +716,8 @@ Verdict judge(const Query& query) {  // [2]
         return {Action::answer, FORMERR, "more than one question"};
     if (type == TYPE_AXFR || type == TYPE_IXFR)
         return {Action::answer, NOTIMP, "AXFR and IXFR are not proxied"};
-    if (asks_for_resolver_arpa(query))  // RFC 9462 6.1: clients would find a way around the proxy.
+    // RFC 9462 6.1: clients ask there for an encrypted resolver, and would go around the proxy.
+    if (asks_for_resolver_arpa(query))
         return {Action::answer, NOERROR, "resolver.arpa has no records here"};
     return {Action::forward, NOERROR, "to be forwarded"};
 }
@@ -830,7 +831,7 @@ Bytes pad(const Query& query) {  // [3]
 
     // The size without padding: the query, its OPT record written anew, an empty padding option.
     Bytes options = options_without(q, layout, {OPTION_PADDING});  // without the client's own
-    size_t size = q.size() - (layout.opt_end - layout.opt);
+    size_t size = q.size() - (layout.opt_end - layout.opt);        // Both are 0 if there is none.
     size += opt_header_size + options.size();
     size += option_header_size;
     const size_t padding = (128 - size % 128) % 128;  // RFC 8467 4.1
@@ -1070,7 +1071,7 @@ size_t Permits::get_most() {
 
 void Permits::set_most(size_t number) {
     Lock lock(mutex);
-    most = number;
+    most = number;  // Nobody who waits is woken: it is set before anybody waits, or nobody does.
 }
 
 // ---- Upstreams ---------------------------------------------------------------------------------
@@ -1172,12 +1173,12 @@ public:
     bool claim(bool is_anybody_well) {
         Lock lock(mutex);
         const Time now = Clock::now();
-        if (faults == 0 && now >= rests_until) return true;
-        const bool is_due =
-            is_anybody_well ? now >= rests_until : now >= asked_at + milliseconds(100);
-        if (!is_due) return false;
+        const bool is_resting = now < rests_until;
+        if (faults == 0 && !is_resting) return true;
+        if (is_resting && is_anybody_well) return false;
+        if (is_resting && now < asked_at + milliseconds(100)) return false;
         // The next rest begins at once, so that no second query tries it. recover() ends it.
-        if (now >= rests_until) begin_rest(now);
+        if (!is_resting) begin_rest(now);
         asked_at = now;
         return true;
     }
@@ -1220,22 +1221,27 @@ public:
     }
 
     // A try that began at that time is late. A name that takes long can make it so, so that alone
-    // is no fault. While the try waits this is called again, with `is_news` false: it is the same
-    // try, but time has passed. `silence`: as long as a handshake takes at most, if one is going
-    // on; else nothing can be said.
-    void late(Time begun, bool is_news, std::optional<Duration> silence, const std::string& why) {
+    // is no fault.
+    void late(Time begun) {
+        Lock lock(mutex);
+        if (last_answer >= begun) return;
+        if (lates == 0) first_late = begun;
+        lates++;
+    }
+
+    // Called now and then while a try is late, for time is evidence too. Three tries are late, and
+    // nobody has had an answer since they began. If no handshake has succeeded either, it is gone.
+    // If handshakes succeed, these names may take long; but after half a second it is deaf: it
+    // answers nobody. `longest_handshake`: if a handshake is going on, how long one takes at most.
+    void judge_silence(std::optional<Duration> longest_handshake, const std::string& why) {
         {
             Lock lock(mutex);
-            if (last_answer >= begun) return;
-            if (lates == 0) first_late = begun;
-            if (is_news) lates++;
             if (lates < 3) return;
-            // Nobody has had an answer since, nor as much as a handshake: it is gone. If handshakes
-            // succeed, perhaps these names take long; but half a second is enough.
             const Time now = Clock::now();
             const Time last_sign = std::max(first_late, last_handshake);
-            const bool is_gone = silence && now >= last_sign + *silence;
-            if (!is_gone && now < first_late + milliseconds(500)) return;
+            const bool is_gone = longest_handshake && now >= last_sign + *longest_handshake;
+            const bool is_long = now >= first_late + milliseconds(500);
+            if (!is_gone && !is_long) return;
             is_deaf = !is_gone;
         }
         at_fault(why);
@@ -1295,7 +1301,7 @@ public:
         parked.push_back(std::move(connection));
     }
 
-    std::shared_ptr<Connection> take();  // the oldest that is alive; nullptr: there is none
+    std::shared_ptr<Connection> take_oldest();  // that is alive; nullptr: there is none
     void drop_dead();
     void drop_older_than(Time time);
 
@@ -1304,6 +1310,7 @@ public:
     // Whether more are being opened than wait: queries take them faster than they are opened.
     bool is_low() {
         Lock lock(mutex);
+        // A connection that waits keeps its place until it is taken.
         const size_t being_opened = places.in_use() - parked.size();
         return parked.size() < being_opened;
     }
@@ -1361,11 +1368,14 @@ public:
     }
 
 private:
-    // Halves the stock, but only once in that time: until then the effect does not show.
+    // Halves the stock, but only once in that time: until then the effect does not show. With
+    // --reuse each connection that is kept saves a handshake, so fewer would be no relief.
     void halve(Duration once_in) {
+        if (settings.reuse) return;
         const Time now = Clock::now();
         if (now < halved_at + once_in) return;
         halved_at = now;
+        // Half of what is there: there may be room for many more, and to halve that is no relief.
         const size_t half = std::min(places.get_most(), places.in_use()) / 2;
         const size_t least = most > 0 ? 1 : 0;
         places.set_most(std::max(half, least));
@@ -1423,7 +1433,7 @@ struct Failure {
     std::string why;
 };
 
-static std::atomic<bool> somebody_answered{false};
+static std::atomic<bool> somebody_answered{false};  // since the program began
 
 // A query and its answer. The threads that carry it share it, and nobody else holds it. The first
 // good answer is the client's; if the last thread lets go and there was none, the client gets
@@ -1461,8 +1471,8 @@ public:
         return message;
     }
 
-    // A try begins. Returns its number. One that fails is taken out again, so a number may come
-    // twice: it only tells how many began later.
+    // A try begins. Returns how many have begun, without those that failed since: what
+    // is_overtaken() must be told.
     int begin_try() { return ++tries_begun; }
 
     // Whether a try need not go on: there is an answer, or three others have begun since. That
@@ -1531,9 +1541,9 @@ private:
     static constexpr int most_ready = 2;
 
     struct Tries {
-        int asked = 0;   // so often for this query
-        int ready = 0;   // over so many ready connections
-        int closed = 0;  // so many connections were closed, perhaps because of this query
+        int asked = 0;   // how often it was asked
+        int ready = 0;   // how many ready connections were used
+        int closed = 0;  // how many connections were closed, perhaps because of this query
         Time not_before{};
         Duration pause = milliseconds(50);
     };
@@ -1541,7 +1551,7 @@ private:
     bool may_be_asked(const Upstream& upstream) const {
         if (was_sent && !is_repeatable) return false;
         // If two connections were closed upon this query, it is what they refuse to answer: nobody
-        // is asked a second time.
+        // is asked twice. (What failed over a ready connection was taken out of `asked` again.)
         const int most = closed_upon >= 2 ? 1 : 3;
         return tries[upstream.number].asked < most;
     }
@@ -1566,22 +1576,26 @@ private:
             if (is_anybody_well && !upstream->health.is_well()) continue;
             if (!best || one.asked < tries[best->number].asked) best = upstream.get();
         }
+        if (!best) return nullptr;
         // If another query is just trying it, next_upstream() looks again in 20 ms.
-        if (!best || !best->health.claim(is_anybody_well)) return nullptr;
+        const bool may_ask_it = best->health.claim(is_anybody_well);
+        if (!may_ask_it) return nullptr;
         tries[best->number].asked++;
         return best;
     }
 
     void fail() {
         const Bytes servfail = reply(query, SERVFAIL, EDE_NETWORK_ERROR);
-        const bool is_the_answer = answer({servfail, false, reason});
+        const bool is_the_answer =
+            answer({.answer = servfail, .is_from_resolver = false, .detail = reason});
         if (is_the_answer) give_advice();
     }
 
     void give_advice() {
         static std::atomic<bool> was_given{false};
         const auto has_port_853 = [](auto& upstream) { return upstream->address.port() == 853; };
-        if (somebody_answered || furthest != Failure::STARTED) return;
+        const bool has_none_connected = furthest == Failure::STARTED;
+        if (somebody_answered || !has_none_connected) return;
         if (!std::ranges::all_of(upstreams, has_port_853) || was_given.exchange(true)) return;
         say("UPSTREAM nobody can be reached: TCP port 853 may be filtered here; some resolvers "
             "answer on port 443 as well: --upstream ADDR@443#NAME");
@@ -1608,7 +1622,7 @@ private:
 };
 
 // A try is late. Has another thread carry the transaction to the next upstream as well. Returns
-// false if that may not be now: then the caller asks again after a while.
+// false if that may not or cannot be now: then the caller asks again after a while.
 static bool start_race(Transaction& transaction, Upstream& upstream);
 
 // ---- TLS ---------------------------------------------------------------------------------------
@@ -1709,8 +1723,7 @@ void prepare() {
 // fails. persist() then looks at the time, and calls again or throws.
 class Connection {
 public:
-    Connection(Upstream& upstream, Time deadline)
-        : upstream(upstream), deadline(deadline), ssl(SSL_new(tls), SSL_free) {}
+    explicit Connection(Upstream& upstream) : upstream(upstream), ssl(SSL_new(tls), SSL_free) {}
 
     ~Connection() {
         // RFC 8446 6.1: otherwise the other end could not tell this from an attacker's cut. It must
@@ -1747,7 +1760,8 @@ public:
         // Now OpenSSL has judged the certificate, and the protocol that ALPN chose.
         stage = Failure::VERIFIED;
         open_permit = upstream.open.take();
-        // A server that is crowded may close it now. None has anything to say yet.
+        // A server that is crowded may close it now. Nothing else can come before a query but
+        // tickets.
         if (!is_alive()) throw failure(Failure::CLOSED, "closed the connection at once");
         upstream.health.verified();
         upstream.stock.dialled(Clock::now() - begun);
@@ -1757,9 +1771,9 @@ public:
         opened = Clock::now();
     }
 
-    // Waits for the tickets that follow a handshake, so that from now on nothing is left to come
-    // but the end. Nothing tells which ticket is the last, so this takes one and a half times as
-    // long as an answer.
+    // Waits for the tickets that follow a handshake. What comes after them and before a query can
+    // only be the end. Nothing tells which ticket is the last, so this takes one and a half times
+    // as long as an answer.
     void settle() {
         const Duration wait = upstream.usual_answer.get() * 3 / 2;
         const Time until =
@@ -1772,7 +1786,7 @@ public:
     // Takes what is there, and does not wait for more.
     bool is_alive() {
         if (is_nothing_there() && !SSL_has_pending(ssl.get())) return true;
-        // may_read() refuses a read that would wait, so the second is only a bound.
+        // may_read() refuses a read that would wait, so seconds(1) is only a bound.
         may_wait = false;
         const bool is_good = is_quiet(Clock::now() + seconds(1));
         may_wait = true;
@@ -1864,7 +1878,9 @@ private:
         if (copy) SSL_set_session(ssl.get(), copy.get());
     }
 
-    // The name that must be in the certificate, and in the hello (SNI).
+    // [4] Sets the name that must be in the certificate, and in the hello (SNI): `upstream.name`.
+    // If it is an IP address, the certificate must have that address, and the hello has no name.
+    // Returns false on failure.
     bool set_name() {
         X509_VERIFY_PARAM* param = SSL_get0_param(ssl.get());
         const char* name = upstream.name.c_str();
@@ -1883,7 +1899,8 @@ private:
         constexpr uint8_t public_key = 1;        // the selector: not the whole certificate
         constexpr uint8_t sha_256 = 1;           // the matching type
         if (upstream.pins.empty()) return true;
-        // This sets the name as well, and must not do so for an IP address.
+        // This sets the name to be verified and the SNI as well. For an IP address both are wrong,
+        // and are taken back.
         if (SSL_dane_enable(ssl.get(), upstream.name.c_str()) <= 0) return false;
         if (is_ip_address(upstream.name)) {
             X509_VERIFY_PARAM_set1_host(SSL_get0_param(ssl.get()), nullptr, 0);
@@ -1897,6 +1914,8 @@ private:
         return true;
     }
 
+    // [6] Reads just so many octets, in however many pieces they come. Throws a Failure if it
+    // cannot.
     Bytes read(size_t size) {
         Bytes octets(size);
         size_t have = 0;
@@ -1935,25 +1954,25 @@ private:
             ERR_clear_error();  // Another connection of this thread may have left an error.
             if (is_done()) return;
             if (octets_left == 0) throw failure(Failure::FAULT, "sent more than an answer can be");
-            look_at_the_time();
+            if (transaction && transaction->is_overtaken(try_number))
+                throw failure(Failure::OVERTAKEN, "overtaken by other tries");
+            if (Clock::now() >= deadline) throw failure(Failure::TIMEOUT, why_it_is_late());
+            if (transaction && Clock::now() >= late_at) be_late();
         }
     }
 
-    void look_at_the_time() {
-        const Time now = Clock::now();
-        if (transaction && transaction->is_overtaken(try_number))
-            throw failure(Failure::OVERTAKEN, "overtaken by other tries");
-        if (now >= deadline) throw failure(Failure::TIMEOUT, why_it_is_late());
-        if (!transaction || now < late_at) return;
-
-        std::optional<Duration> silence;
+    // This step is late: tells so, and has another try begin. If that may not be now, this is
+    // called again after 50 ms.
+    void be_late() {
+        std::optional<Duration> longest_handshake;
         if (upstream.dials.in_use() > 0)
-            silence = std::clamp<Duration>(5 * upstream.usual_answer.get(), milliseconds(100),
-                                           milliseconds(500));
-        upstream.health.late(step_begun, !is_late, silence, why_it_is_late());
+            longest_handshake = std::clamp<Duration>(5 * upstream.usual_answer.get(),
+                                                     milliseconds(100), milliseconds(500));
+        if (!is_late) upstream.health.late(step_begun);
         is_late = true;
+        upstream.health.judge_silence(longest_handshake, why_it_is_late());
         has_raced = start_race(*transaction, upstream);
-        late_at = has_raced ? Time::max() : now + milliseconds(50);
+        late_at = has_raced ? Time::max() : Clock::now() + milliseconds(50);
     }
 
     const char* why_it_is_late() const {
@@ -1985,7 +2004,7 @@ private:
     bool may_read() {
         if (octets_left == 0) return false;
         if (!may_wait && is_nothing_there()) return false;
-        // The resolver may hold the rest back until then.
+        // The resolver may hold the rest back until what came is acknowledged.
         if (is_awaiting_answer) acknowledge_at_once(fd);
         return set_time_limit();
     }
@@ -2090,7 +2109,7 @@ private:
 
     Transaction* transaction = nullptr;  // which it works for
     int try_number = 0;                  // of this transaction
-    Time deadline;
+    Time deadline = Clock::now() + milliseconds(settings.timeout);
     std::shared_ptr<SSL> ssl;
     int fd = -1;
     Failure::Stage stage = Failure::STARTED;
@@ -2113,7 +2132,7 @@ std::shared_ptr<Connection> Stock::pop_oldest() {
     return oldest;
 }
 
-std::shared_ptr<Connection> Stock::take() {
+std::shared_ptr<Connection> Stock::take_oldest() {
     for (;;) {
         std::shared_ptr<Connection> oldest = pop_oldest();
         if (oldest && !is_fit(*oldest)) continue;
@@ -2187,17 +2206,16 @@ static void carry(const std::shared_ptr<Transaction>& transaction);
 // this upstream is known to be at fault, that is no race but a failover, and does not spend the
 // budget.
 static bool start_race(Transaction& transaction, Upstream& upstream) {
-    if (!transaction.is_repeatable) return true;  // There must never be one: do not ask again.
+    if (!transaction.is_repeatable) return false;
     if (upstream.health.is_well() && !race_budget.spend()) return false;
     count("raced");
     const auto shared = transaction.shared_from_this();
-    detach([shared] { carry(shared); });
-    return true;
+    return detach([shared] { carry(shared); });
 }
 
 // What a failure says of the upstream. What goes wrong after it was asked says more of the query's
 // name than of the upstream; and that it is late was reported already.
-static void learn_from(const Failure& failure, Upstream& upstream) {
+static void learn_from_failure(const Failure& failure, Upstream& upstream) {
     if (failure.cause == Failure::LOCAL) upstream.health.pass_over();
     if (failure.cause != Failure::CLOSED && failure.cause != Failure::FAULT) return;
     if (failure.stage == Failure::ASKED) return;
@@ -2212,8 +2230,7 @@ static void learn_from(const Failure& failure, Upstream& upstream) {
 // Opens a connection ahead of the query that will use it, and parks it in that place of the stock.
 static void open_ahead(Upstream& upstream, const std::shared_ptr<Permit>& place) {
     if (!place || !upstream.stock.may_dial()) return;
-    const Time deadline = Clock::now() + milliseconds(settings.timeout);
-    const auto connection = std::make_shared<Connection>(upstream, deadline);
+    const auto connection = std::make_shared<Connection>(upstream);
     try {
         connection->dial();
         connection->settle();
@@ -2221,8 +2238,9 @@ static void open_ahead(Upstream& upstream, const std::shared_ptr<Permit>& place)
         connection->place = place;
         upstream.stock.park(connection);
     } catch (const Failure& failure) {
-        learn_from(failure, upstream);
+        learn_from_failure(failure, upstream);
         if (failure.cause == Failure::TIMEOUT) upstream.health.at_fault(failure.why);
+        // It was closed before it could be parked: like one that was closed soon after.
         if (failure.stage == Failure::VERIFIED) upstream.stock.died(Duration(0));
     }
 }
@@ -2236,7 +2254,7 @@ static void open_ahead_in_thread(Upstream& upstream, const std::shared_ptr<Permi
 static void restock(Upstream& upstream) {
     // Let the client run before this thread takes the processor for a handshake.
     std::this_thread::sleep_for(milliseconds(1));
-    const auto place = upstream.stock.reserve();
+    const auto place = upstream.stock.reserve();  // is_low() counts it as one being opened.
     if (upstream.stock.is_low()) open_ahead_in_thread(upstream, upstream.stock.reserve());
     open_ahead(upstream, place);
 }
@@ -2268,17 +2286,25 @@ static void learn_from_answer(Transaction& transaction, Upstream& upstream,
 }
 
 // A try has failed. Whose fault is it, and does it count as one of three?
+//
+// What happened                            a try?  a refusal of this query?
+// no route, no port, no memory here        no      no
+// the end, while connecting                no      no
+// the end, after the query was sent
+//   on a new connection                    yes     yes
+//   on a ready one                         no      perhaps, so: yes
+//   on one that has answered (--reuse)     no      no
+// a fault of the upstream, or the deadline yes     no
 static void note_failure(Transaction& transaction, Upstream& upstream, const Failure& failure,
                          const Connection* connection) {
-    learn_from(failure, upstream);
+    learn_from_failure(failure, upstream);
     bool is_try = true;
     bool is_refusal = false;
     if (failure.cause == Failure::LOCAL) is_try = false;
     if (failure.cause == Failure::CLOSED) {
         const bool was_asked = failure.stage == Failure::ASKED;
         // A dial that was refused has asked nobody: it is repeated after a pause, until the
-        // deadline. A ready connection may have been dead before. But unless it has answered before
-        // (--reuse), it may also have been closed because of the query.
+        // deadline. A ready connection may have been dead before.
         is_try = was_asked && !connection->is_ready;
         is_refusal = was_asked && !connection->is_used;
     }
@@ -2304,16 +2330,16 @@ static void carry(const std::shared_ptr<Transaction>& transaction) {
         connection = nullptr;
         try {
             // [4] A ready connection saves two round trips.
-            if (transaction->may_use_ready(*upstream)) connection = upstream->stock.take();
+            if (transaction->may_use_ready(*upstream)) connection = upstream->stock.take_oldest();
             if (connection) {
                 transaction->uses_ready(*upstream);
                 connection->work_for(transaction.get());
                 count("ready");
             } else {
-                connection = std::make_shared<Connection>(*upstream, query.deadline);
+                connection = std::make_shared<Connection>(*upstream);
                 connection->work_for(transaction.get());
                 connection->dial();
-                // If this one stays open until the query is sent, an end is because of the query.
+                // If it closes this one only after the query was sent, the query is the reason.
                 if (transaction->was_closed_by(*upstream)) connection->settle();
             }
             if (settings.verbose) connection->tell(4, connection->how_verified());
@@ -2337,8 +2363,9 @@ static void carry(const std::shared_ptr<Transaction>& transaction) {
             learn_from_answer(*transaction, *upstream, *connection);
 
             // [8] Other threads may carry the same query: the first answer is the client's.
-            transaction->answer(
-                {std::move(*clean), true, upstream->name + " " + connection->how()});
+            transaction->answer({.answer = std::move(*clean),
+                                 .is_from_resolver = true,
+                                 .detail = upstream->name + " " + connection->how()});
             is_answered = true;
         } catch (const Failure& failure) {
             if (failure.cause == Failure::OVERTAKEN) break;

@@ -1,4 +1,5 @@
-// dot.hpp - every type and every contract of dot-proxy, in the order in which a query meets them.
+// dot.hpp - the types and contracts that both parts of dot-proxy use, in the order in which a query
+// meets them.
 //
 // dot-proxy takes plain DNS over UDP and TCP and asks a resolver over TLS (RFC 7858). A query takes
 // eight steps. They have the same numbers here, in the code, in what -v prints and in the README:
@@ -79,7 +80,7 @@ struct Address {
     union {  // any.sa_family tells which
         sockaddr any;
         sockaddr_in v4;
-        sockaddr_in6 v6{};
+        sockaddr_in6 v6{};  // the largest, so this zeroes all of it
     };
     bool is_v4() const { return any.sa_family == AF_INET; }
     int port() const { return ntohs(v4.sin_port); }  // at the same place in both families
@@ -197,18 +198,32 @@ struct Verdict {
     Rcode rcode;
     const char* reason;
 };
+// [2] Judges a query, by the first of these that is true of it:
+// - It is shorter than a header, or is an answer: silence.
+// - It is a DNS stateful operation (DSO): NOTIMP (RFC 8490 9.4).
+// - It does not parse: FORMERR.
+// - It came over UDP and is longer than `longest_udp_query`: TC.
+// - Its opcode is not QUERY: it is forwarded, whatever it is (RFC 5625 3).
+// - It has more than one question: FORMERR (RFC 9619 4).
+// - It asks for a zone transfer, AXFR or IXFR: NOTIMP.
+// - It asks for resolver.arpa or a name below it: NOERROR (RFC 9462 6.1).
+// All others are forwarded. The rcode of a verdict is NOERROR if it is not to be answered with one.
 Verdict judge(const Query& query);
 
-// [3] Returns the query padded to a multiple of 128 octets (RFC 7830; RFC 8467 4.1). A client's own
-// padding is resized. Returns the query unchanged if it is signed, if octets follow its last
-// record, or if it would become too long.
+// [3] Returns the query padded to the next multiple of 128 octets (RFC 8467 4.1), with zeros, in an
+// option (RFC 7830 3) that comes behind all others. A query without an OPT record gets one, with
+// DO=0. A client's own padding is replaced; its other options stay. Returns the query unchanged if
+// it is signed, if octets follow its last record, if it would be longer than `longest_message`, or
+// if its OPT record cannot be replaced, as a compression pointer leads into it.
 Bytes pad(const Query& query);
 
 // [5] Returns the message behind its length in two octets (RFC 1035 4.2.2). The message has at most
 // `longest_message` octets.
 Bytes frame(const Bytes& message);
 
-// [7] Whether `answer` answers `query`: QR, id, opcode and question must agree (RFC 5452 9.1).
+// [7] Whether `answer`, which has this layout, answers `query`: it must parse and have QR set, and
+// id, opcode and question must agree (RFC 5452 9.1), the name without regard to case. An error, and
+// an answer without records, may leave the question out.
 bool matches(const Query& query, const Bytes& answer, const Layout& layout);
 
 // [7] Returns the answer as its client may see it: without padding and keepalive, which are between
@@ -217,9 +232,12 @@ bool matches(const Query& query, const Bytes& answer, const Layout& layout);
 // cannot be told to a client without EDNS.
 std::optional<Bytes> unpad(const Query& query, const Bytes& answer, const Layout& layout);
 
-// [8] Returns the answer if it fits, else its header, question and OPT record with TC set. Over UDP
-// 512 octets fit, or as many as the client's OPT record says, but at most `most_udp` (RFC 6891
-// 6.2.5). This comes after unpad(), so that padding does not make an answer too long.
+// [8] Returns the answer if it fits, else its header and question with TC set. Over TCP any answer
+// fits. Over UDP as many octets fit as the client's OPT record says, but at least 512 and at most
+// `most_udp` (RFC 6891 6.2.5). To a client with EDNS an answer that was cut has an OPT record of
+// the proxy's own: with the client's DO bit, the upper bits of the answer's rcode, and the options
+// of the answer, or none if they do not fit. This comes after unpad(), so that padding does not
+// make an answer too long.
 Bytes cut(const Query& query, Bytes answer, size_t most_udp);
 
 // [8] Returns an answer of the proxy's own. For an EDNS client it has an OPT record, and in it an
@@ -229,8 +247,9 @@ Bytes truncated_reply(const Query& query);  // TC and no records
 
 // ---- Streams -----------------------------------------------------------------------------------
 
-// [1] Reads a framed message from a stream socket. Returns nullopt if the stream was closed, if its
-// time limit is over, or if the length is 0.
+// [1] Reads a framed message from a stream socket, in however many pieces it comes, and returns it
+// without its length. Returns nullopt if the stream ends too soon, if the socket's time limit is
+// over, or if the length is 0.
 std::optional<Bytes> read_frame(int fd);
 
 // Sets a socket option and ignores failure: without it the service is slower, but it serves.
@@ -252,7 +271,7 @@ void answer_from_asked_address(struct msghdr& header);
 void allow_absent_address(int fd);
 // Gives up the supplementary groups. Returns false on failure, and sets errno.
 bool drop_groups();
-// From now on no program that is executed can gain rights.
+// From now on a set-user-ID program that this one executes gains no rights (PR_SET_NO_NEW_PRIVS).
 void gain_no_privileges();
 // Has malloc(3) share two pools of memory among all threads.
 void save_memory();

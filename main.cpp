@@ -49,7 +49,7 @@ struct OptionRow {
     const char* word;
     const char* value;  // what its value is; nullptr: it takes none
     const char* help;
-    std::string preset;  // what holds without it
+    std::string preset;  // what holds without it, in words for --help
     std::function<void(const std::string&)> set;
 };
 
@@ -63,7 +63,7 @@ static const std::vector<OptionRow>& option_rows() {
          add_upstream},
         {'c', "ca", "FILE", "certificates to trust; repeatable", "the system's",
          [](Value value) { settings.ca.push_back(value); }},
-        {'a', "allow", "NETWORK", "who may ask, besides loopback; repeatable", "private networks",
+        {'a', "allow", "NETWORK", "who may ask, besides this host; repeatable", "private networks",
          [](Value value) { settings.allow.push_back(parse_network(value)); }},
         {'d', "deny", "NETWORK", "who may not, even if allowed; repeatable", "",
          [](Value value) { settings.deny.push_back(parse_network(value)); }},
@@ -131,8 +131,10 @@ static void set_defaults() {
                                     "100.64.0.0/10", "169.254.0.0/16", "fc00::/7", "fe80::/10"})
             settings.allow.push_back(parse_network(network));
     }
+    // This host may ask in any case, at loopback and where the program listens.
     settings.allow.push_back(parse_network("127.0.0.0/8"));
     settings.allow.push_back(parse_network("::1"));
+    for (const Address& address : settings.listen) settings.allow.push_back(address.bits());
 }
 
 // Fills the settings. Throws BadOption.
@@ -209,7 +211,8 @@ static void answer_here(const Query& query, const Verdict& verdict, const Send& 
     // NOERROR, for resolver.arpa, is no failure, and is not reported: the container's health check
     // asks for it all the time.
     const bool is_no_error = verdict.action == Action::answer && verdict.rcode == NOERROR;
-    if (!is_no_error) report(query, {answer, false, verdict.reason});
+    if (!is_no_error)
+        report(query, {.answer = answer, .is_from_resolver = false, .detail = verdict.reason});
 }
 
 // Counts a query in flight, until it is destroyed. Its permit is not enough: that is given back
@@ -252,12 +255,10 @@ static bool take(Bytes octets, bool tcp, const Address& client, const Send& send
 
     Verdict verdict = judge(*query);
     const bool is_ignored = verdict.action == Action::ignore;
-    if (!is_ignored && over_rate(client, tcp)) {
-        // Over UDP with TC: a real client comes back over TCP, and a forged one gets no more octets
-        // than it sent.
-        verdict = {tcp ? Action::answer : Action::truncate, tcp ? REFUSED : NOERROR,
-                   "over the rate"};
-    }
+    const bool is_too_much = !is_ignored && over_rate(client, tcp);
+    if (is_too_much && tcp) verdict = {Action::answer, REFUSED, "over the rate"};
+    // TC: a real client comes back over TCP, and a forged one gets no more octets than it sent.
+    if (is_too_much && !tcp) verdict = {Action::truncate, NOERROR, "over the rate"};
     query->tell(2, verdict.reason);
     if (is_ignored) return false;
     if (verdict.action != Action::forward) {
@@ -362,9 +363,10 @@ struct Client {
 
     const int fd;
     const Address address;
-    std::shared_ptr<Permit> permit;          // to be one of all clients
-    std::shared_ptr<Permits> host;           // for the clients of its host
-    std::shared_ptr<Permit> permit_of_host;  // one of these
+    std::shared_ptr<Permit> permit;  // to be one of all clients
+    std::shared_ptr<Permits> host;   // for the clients of its host
+    // Declared after `host`, so destroyed first: it is one of these.
+    std::shared_ptr<Permit> permit_of_host;
     Permits queries{queries_of_a_client};
     std::mutex writing;  // guards the order of octets
 };
@@ -540,7 +542,7 @@ static void notify_service_manager() {
     close(fd);
 }
 
-// In a thread of its own that works for ever. If something is thrown it begins again.
+// Does `work`, which never ends, in a thread of its own. If something is thrown it begins again.
 static void keep_doing(const std::function<void()>& work) {
     std::thread([work] {
         for (;;) guard(work);
@@ -569,7 +571,7 @@ static void wait_for_end(const sigset_t& signals) {
     const Time until = Clock::now() + milliseconds(3500);
     while (unanswered > 0 && Clock::now() < until) std::this_thread::sleep_for(milliseconds(10));
     std::atomic<bool> is_said{false};
-    detach([&] {
+    detach([&is_said] {  // A reference will do: this function does not return.
         say(totals());
         is_said = true;
     });
@@ -600,7 +602,7 @@ int main(int argc, char** argv) {
             if (one.type == SOCK_DGRAM) keep_doing([one] { serve_udp(one.fd); });
             if (one.type == SOCK_STREAM) keep_doing([one] { serve_tcp(one.fd); });
         }
-        detach([] { say(ready_line()); });
+        detach([] { say(ready_line()); });  // as say_totals() does
         notify_service_manager();
 
         wait_for_end(signals);

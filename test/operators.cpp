@@ -192,6 +192,24 @@ static sockaddr_in6 link_local_of(const std::string& device) {
     return found;
 }
 
+// A health check asks where the program listens, from the same address.
+TEST("operators.this_host_may_ask_whatever_allow_says") {
+    TwoHosts hosts;
+    Certificates c;
+    Upstream upstream(c);
+    hosts.be_first();
+    const auto asks = [&](Proxy& proxy, const std::string& from) {
+        Client client(SOCK_DGRAM, proxy.port, "10.9.0.1", from);
+        client.send(make_query("a.test"));
+        return client.receive(3).has_value();
+    };
+    Proxy proxy(c, {upstream.spec()}, {"-a", "203.0.113.0/24"}, {"10.9.0.1"});
+    CHECK(asks(proxy, "10.9.0.1"));
+    CHECK(!asks(proxy, "10.9.1.1"));  // This host's, too, but nobody listens there.
+    Proxy denied(c, {upstream.spec()}, {"-d", "10.9.0.1"}, {"10.9.0.1"});
+    CHECK(!asks(denied, "10.9.0.1"));
+}
+
 TEST("operators.the_way_back_is_as_the_routes_say") {
     TwoHosts hosts;
     Certificates c;

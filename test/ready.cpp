@@ -107,4 +107,15 @@ TEST("reuse.one_connection_serves_many_queries_one_at_a_time") {
     CHECK_WHY(p.upstream.seen().connections <= 3, std::to_string(p.upstream.seen().connections));
 }
 
+// A resolver that is crowded refuses some. Those that it serves are kept: to open them again would
+// make the crowd worse.
+TEST("reuse.what_a_crowded_resolver_serves_is_kept") {
+    Pair p({.delay_ms = 200, .most = 20}, {"--reuse", "-t", "20000"});
+    for (int i = 0; i < 2; i++) CHECK_EQ(Burst(p.proxy, 40).good, 40);
+    const int before = p.upstream.seen().handshakes;
+    CHECK_EQ(Burst(p.proxy, 16).good, 16);
+    const int more = p.upstream.seen().handshakes - before;
+    CHECK_WHY(more <= 4, std::to_string(more));
+}
+
 int main(int argc, char** argv) { return check::main(argc, argv); }

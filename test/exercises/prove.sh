@@ -12,7 +12,7 @@ top=$(cd ../.. && pwd)
 all= at_once=$(nproc)
 [ "${1:-}" = --all ] && { all=. at_once=1; shift; }
 # They take long or all that the machine gives, look at other files than the program's, or may not be there.
-others='^(soak|outage|flood|chaos|readme|demo|house|posix|annotate)\.'
+others='^(soak|outage|flood|chaos|readme|demo|house|posix|annotate|watch|steps)\.'
 for tool in patch cmake; do
     command -v "$tool" >/dev/null || { echo "needs $tool: apt-get install $tool" >&2; exit 1; }
 done
@@ -117,7 +117,8 @@ refused() {  # WHAT CAUGHT-BY WHY: the only exercise in $dir must not be proven,
     exit 1
 }
 
-# A good answer; then one that names the wrong test, a defect said to be sound, and a patch that applies no more.
+# An answer that names the wrong test, a defect said to be sound, and a patch that applies no more. The defect is made
+# here, so that it gives no exercise away.
 controls() {
     dir=$scratch/controls all=
     mkdir -p "$dir/answers" "$scratch/controls/b"
