@@ -426,6 +426,19 @@ TEST("field.an_update_is_sent_once_however_long_it_takes") {
         }
 }
 
+// Its dial is late, so that another thread could dial the next resolver: then both would send it,
+// as neither had when they were asked.
+TEST("field.an_update_whose_dial_is_late_is_sent_once") {
+    for (int opcode : {notify, update}) {
+        Certificates certificates;
+        const Options slow_dial{.delay_ms = 1500, .handshake_ms = 500};
+        Upstream first(certificates, slow_dial), next(certificates, slow_dial);
+        Proxy proxy(certificates, {first.spec(), next.spec()}, {"-t", "8000"});
+        CHECK_EQ(proxy.ask(make_query("u.test", 6, {}, 1, opcode)).rcode(), 0);
+        CHECK_EQ(asked(first, "u") + asked(next, "u"), 1);
+    }
+}
+
 // It was sent, and may have been obeyed, though the connection ends without an answer.
 // Before: sent three times.
 TEST("field.an_update_that_was_sent_is_not_sent_again") {
@@ -458,14 +471,15 @@ TEST("field.an_update_that_was_not_sent_goes_to_the_next_resolver") {
 
 // ---- What a resolver refuses -------------------------------------------------------------------
 
-// RFC 5246 7.2.2: a session that ended in a fatal alert is not to be resumed.
+// RFC 5246 7.2.2: a session that ended in a fatal alert is not to be resumed. There are
+// more tickets than a query has tries.
 // Before: every query SERVFAIL, for ever.
 TEST("field.a_ticket_that_is_met_with_an_alert_is_forgotten") {
     for (int version : {TLS1_2_VERSION, TLS1_3_VERSION}) {
-        Pair p({.max_version = version}, {"-k", "0"});
+        Pair p({.max_version = version, .tickets = 8}, {"-k", "0"});
         for (int i = 0; i < 2; i++) CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
         CHECK(p.upstream.seen().resumed >= 1);
-        p.upstream.set({.max_version = version, .alert_ticket = true});
+        p.upstream.set({.max_version = version, .tickets = 8, .alert_ticket = true});
         for (int i = 0; i < 5; i++) {
             const auto start = Clock::now();
             CHECK_EQ(p.proxy.ask(make_query("b.test")).rcode(), 0);

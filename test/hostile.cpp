@@ -299,6 +299,21 @@ TEST("hostile.a_client_that_reads_slowly_holds_no_more_than_its_share") {
     CHECK(proxy.total("in_flight_most") < 400);
 }
 
+// Its stream is full when some MB wait in it, and given up 3 s later. Until then its answers wait,
+// but without a permit: none of its queries waits in vain for one.
+TEST("hostile.a_client_that_does_not_read_keeps_no_permit") {
+    Pair p(a_way_off, {"-q", "-n", "2", "-t", "2000"});
+    Greedy greedy(p.proxy.port);
+    int left = 200;
+    CHECK(eventually(
+        [&] {
+            greedy.ask("size60000.test", left);
+            return greedy.ended || (left == 0 && is_given_up(greedy));
+        },
+        60));
+    CHECK_EQ(p.proxy.total("failure:too_many_queries_in_flight"), 0);
+}
+
 TEST("hostile.a_client_that_pipelines_and_never_reads_loses_its_stream") {
     Pair p(a_way_off, {"-q"});
     Proxy& proxy = p.proxy;

@@ -198,6 +198,21 @@ TEST("tcp.clients_that_vanish_leave_nothing_behind") {  // (15, 118)
     CHECK(eventually([&] { return open_files(p.proxy.pid()) <= before; }));
 }
 
+// Malloc fills what is freed with octets (mallopt(3), M_PERTURB): a use of it does not pass
+// unnoticed.
+TEST("tcp.nothing_of_a_client_is_used_after_it") {
+    setenv("GLIBC_TUNABLES", "glibc.malloc.perturb=165:glibc.malloc.tcache_count=0", 1);
+    Pair p;
+    for (int i = 0; i < 12; i++) {
+        Client c(SOCK_STREAM, p.proxy.port);
+        c.send(make_query("slow100.test"));
+        shutdown(c.fd, SHUT_WR);
+        if (i % 2) CHECK(c.receive());
+    }
+    CHECK(eventually([&] { return p.proxy.total("tcp") == 12 && p.proxy.total("success") == 12; }));
+    CHECK(p.proxy.tcp(make_query("a.test")));
+}
+
 TEST("tcp.a_client_that_is_gone_is_let_go_before_the_next_connection_is_ready") {
     Pair p;
     CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);

@@ -117,7 +117,8 @@ refused() {  # WHAT CAUGHT-BY WHY: the only exercise in $dir must not be proven,
     exit 1
 }
 
-# A good answer; then one that names the wrong test, a defect said to be sound, and a patch that applies no more.
+# An answer that names the wrong test, a defect said to be sound, and a patch that applies no more. The defect is made
+# here, so that it gives no exercise away.
 controls() {
     dir=$scratch/controls all=
     mkdir -p "$dir/answers" "$scratch/controls/b"
