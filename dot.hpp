@@ -210,11 +210,12 @@ struct Verdict {
 // All others are forwarded. The rcode of a verdict is NOERROR if it is not to be answered with one.
 Verdict judge(const Query& query);
 
-// [3] Returns the query padded to the next multiple of 128 octets (RFC 8467 4.1), with zeros, in an
-// option (RFC 7830 3) that comes behind all others. A query without an OPT record gets one, with
-// DO=0. A client's own padding is replaced; its other options stay. Returns the query unchanged if
-// it is signed, if octets follow its last record, if it would be longer than `longest_message`, or
-// if its OPT record cannot be replaced, as a compression pointer leads into it.
+// [3] Returns the query, which parses, padded to the next multiple of 128 octets (RFC 8467 4.1),
+// with zeros, in an option (RFC 7830 3) that comes behind all others. A query without an OPT record
+// gets one, with DO=0. A client's own padding is replaced; its other options stay. Returns the
+// query unchanged if it is signed, if octets follow its last record, if it would be longer than
+// `longest_message`, or if its OPT record cannot be replaced, as a compression pointer leads into
+// it.
 Bytes pad(const Query& query);
 
 // [5] Returns the message behind its length in two octets (RFC 1035 4.2.2). The message has at most
@@ -223,7 +224,7 @@ Bytes frame(const Bytes& message);
 
 // [7] Whether `answer`, which has this layout, answers `query`: it must parse and have QR set, and
 // id, opcode and question must agree (RFC 5452 9.1), the name without regard to case. An error, and
-// an answer without records, may leave the question out.
+// an answer without records (OPT is none), may leave the question out.
 bool matches(const Query& query, const Bytes& answer, const Layout& layout);
 
 // [7] Returns the answer as its client may see it: without padding and keepalive, which are between

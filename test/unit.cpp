@@ -184,6 +184,7 @@ TEST("pad.own_padding_is_replaced") {
 
 TEST("match.table") {
     const Octets a = answer_to(plain), big = make_query("A.TEST");
+    const Octets no_question{0x12, 0x34, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0};
     const struct {
         const char* what;
         Octets q, a;
@@ -208,8 +209,12 @@ TEST("match.table") {
          with(with(Octets(a.begin(), a.begin() + 12), 5, 0), 3, 0x85), true},
         {"no question, NXDOMAIN", plain,
          with(with(Octets(a.begin(), a.begin() + 12), 5, 0), 3, 0x83), true},
-        {"a question where none was asked", Octets{0x12, 0x34, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0}, a,
-         false},
+        {"a question where none was asked", no_question, a, false},
+        {"none where none was asked", no_question, with(no_question, 2, 0x81), true},
+        {"a record, and no question where none was asked", no_question,
+         with_record(with(no_question, 2, 0x81), root, 1, {1, 2, 3, 4}, 7), true},
+        {"another id, where no question was asked", no_question,
+         with(with(no_question, 2, 0x81), 1, 0x35), false},
         {"malformed", plain, with(a, 7, 1), false},
         {"a longer name", plain, answer_to(make_query("a.test.x")), false},
         {"5 octets", plain, Octets(5, 0), false},
