@@ -140,25 +140,25 @@ TEST("contract.chains_and_pins_of_authorities") {
 // ---- connections -------------------------------------------------------------------------------
 
 TEST("contract.the_oldest_ready_connection_is_taken_first") {
-    Pair p({.delay_ms = 40});
+    // On a busy machine handshakes differ much, as if the resolver were overloaded. These do not.
+    Pair p({.delay_ms = 40, .handshake_ms = 200}, {"-t", "20000"});
     std::vector<std::thread> clients;  // misses at once, so that several wait
     for (int i = 0; i < 4; i++)
         clients.emplace_back(
             [&, i] { p.proxy.udp(make_query("m" + std::to_string(i) + ".test")); });
     for (auto& c : clients) c.join();
-    // A miss parks two. On a busy machine handshakes take long, and fewer are parked.
-    CHECK(eventually([&] { return p.upstream.seen().open >= 5; }));
+    CHECK(eventually([&] { return p.upstream.seen().open >= 7; }));  // a miss parks two
     const int waiting = p.upstream.seen().connections;
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 6; i++) {
         CHECK_EQ(p.proxy.ask(make_query("a.test", 1, {}, 100 + i)).rcode(), 0);
-        usleep(100000);
+        usleep(400000);
     }
     const Seen seen = p.upstream.seen();
-    int newer = 0;  // than those which waited when the first of the four came
+    int newer = 0;  // than those which waited when the first of the six came
     for (size_t i = 0; i < seen.queries.size(); i++)
         newer += get16(seen.queries[i], 0) < 200 && seen.on[i] > waiting;
-    CHECK_WHY(newer <= 1,
-              std::to_string(newer));  // the oldest is out for a moment while it is tended
+    // One that is parked while the others are looked at comes before some of them.
+    CHECK_WHY(newer <= 3, std::to_string(newer));
 }
 
 TEST("contract.pointed_at_itself_it_ends_in_servfail") {
