@@ -233,7 +233,7 @@ static std::string advice_on_upstream(std::string from) {
 }
 
 std::vector<Peer> parse_upstream(const std::string& from) {
-    std::string whole = from;
+    std::string whole = from;  // ADDRESS... #NAME,PIN...: a known resolver has several addresses
     if (known_resolvers.contains(from)) whole = known_resolvers.at(from);
     const size_t hash = whole.find('#');
     if (hash == whole.npos) throw BadOption(advice_on_upstream(from));
@@ -309,7 +309,8 @@ static void append16(Bytes& m, size_t value) {
 static void append(Bytes& m, const Bytes& more) { m.insert(m.end(), more.begin(), more.end()); }
 
 // A record type. Domain names may be in its data: `names` of them, from octet `names_at` on. They
-// may be compressed (RFC 1035; RFC 3597 4 for some later types). When an OPT record grows or
+// may be compressed: in the types of RFC 1035, and in those later ones in which senders did so
+// although they must not (RFC 3597 4). When an OPT record grows or
 // shrinks, all that follows it moves, and the pointers in these names must be corrected: see
 // replace_opt().
 struct TypeRow {
@@ -525,7 +526,7 @@ static Layout parse_and_note(const Bytes& m, std::vector<Field>* fields) {
                 layout.end = in.at;
             }
         }
-        in.note(Field::DATA, "the rest");  // No section counts it. Often it is empty.
+        if (in.at < m.size()) in.note(Field::DATA, "the rest");  // No section counts it.
     } catch (const Malformed& fault) {
         layout.fault = fault.what;
         in.note(Field::DATA, fault.what);
@@ -640,7 +641,6 @@ std::string annotate(const Bytes& m) {
     for (size_t i = 0; i < fields.size(); i++) {
         const Field& field = fields[i];
         const size_t end = i + 1 < fields.size() ? fields[i + 1].begin : m.size();
-        if (field.begin == m.size()) break;  // Nothing follows the last record.
         const std::string hex = in_hex(m, field.begin, end);
         std::string meaning = meaning_of(m, field, end);
         // Padding would be many dots: "00 * 84" stands in both columns instead.
@@ -1167,6 +1167,13 @@ public:
         return Clock::now() >= rests_until;
     }
 
+    // Whether connections may be opened ahead for it. For one that answers nobody they would be of
+    // no use: only a query can find out that it is back.
+    bool may_be_warmed() {
+        Lock lock(mutex);
+        return Clock::now() >= rests_until && !is_deaf;
+    }
+
     // Called before a query asks it. Returns false if it must not be asked now. One that is well
     // may always be asked. One that is at fault may be tried by one query when its rest is over;
     // or, if nobody is well, by one in 100 ms.
@@ -1175,7 +1182,7 @@ public:
         const Time now = Clock::now();
         const bool is_resting = now < rests_until;
         if (faults == 0 && !is_resting) return true;
-        if (is_resting && is_anybody_well) return false;
+        if (is_resting && is_anybody_well) return false;  // The other one is asked.
         if (is_resting && now < asked_at + milliseconds(100)) return false;
         // The next rest begins at once, so that no second query tries it. recover() ends it.
         if (!is_resting) begin_rest(now);
@@ -1270,6 +1277,7 @@ private:
 
     bool recover() {
         const bool was_at_fault = faults > 0;
+        if (was_at_fault) lates = 0;
         faults = 0;
         is_deaf = false;
         is_out_of_reach = false;
@@ -2409,8 +2417,7 @@ static void keep_upstreams_warm() {
     size_t wanted = 2;
     size_t well = 0;
     for (const auto& upstream : upstreams) {
-        upstream->stock.drop_dead();
-        if (well == warm_upstreams || !upstream->health.is_well()) continue;
+        if (well == warm_upstreams || !upstream->health.may_be_warmed()) continue;
         well++;
         Stock& stock = upstream->stock;
         const size_t have = stock.size();
@@ -2424,6 +2431,7 @@ static void keep_upstreams_warm() {
 
 void keep_warm() {
     for (;;) {
+        for (const auto& upstream : upstreams) upstream->stock.drop_dead();
         const bool is_in_use = Clock::now() < last_query.load() + seconds(300);
         if (is_in_use) keep_upstreams_warm();
         std::this_thread::sleep_for(milliseconds(250));

@@ -228,13 +228,13 @@ bool matches(const Query& query, const Bytes& answer, const Layout& layout);
 
 // [7] Returns the answer as its client may see it: without padding and keepalive, which are between
 // this proxy and the resolver (RFC 7830 6; RFC 7828 3.4), and without an OPT record if the client
-// sent none (RFC 6891 7). Returns nullopt if there is no such form: an extended rcode, for example,
-// cannot be told to a client without EDNS.
+// sent none (RFC 6891 7). One that is signed stays as it is. Returns nullopt if there is no such
+// form: an extended rcode, for example, cannot be told to a client without EDNS.
 std::optional<Bytes> unpad(const Query& query, const Bytes& answer, const Layout& layout);
 
 // [8] Returns the answer if it fits, else its header and question with TC set. Over TCP any answer
 // fits. Over UDP as many octets fit as the client's OPT record says, but at least 512 and at most
-// `most_udp` (RFC 6891 6.2.5). To a client with EDNS an answer that was cut has an OPT record of
+// `most_udp` (RFC 6891 6.2.3). To a client with EDNS an answer that was cut has an OPT record of
 // the proxy's own: with the client's DO bit, the upper bits of the answer's rcode, and the options
 // of the answer, or none if they do not fit. This comes after unpad(), so that padding does not
 // make an answer too long.

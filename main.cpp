@@ -442,6 +442,7 @@ static void serve_tcp(int listener) {
 // ---- Listeners ---------------------------------------------------------------------------------
 
 struct Listener {
+    Address address;
     int fd;
     int type;  // SOCK_DGRAM or SOCK_STREAM
 };
@@ -495,7 +496,7 @@ static std::vector<Listener> open_listeners() {
     for (const Address& address : settings.listen) {
         try {
             for (int type : {SOCK_DGRAM, SOCK_STREAM})
-                listeners.push_back({open_listener(address, type), type});
+                listeners.push_back({address, open_listener(address, type), type});
         } catch (const std::system_error& e) {
             // A host without IPv6 is served without it, if there is another address.
             const int error = e.code().value();
@@ -528,11 +529,12 @@ static void become_user() {
     if (uid != 0 && setuid(0) == 0) throw std::runtime_error("root's rights can be had back");
 }
 
-static std::string ready_line() {
+static std::string ready_line(const std::vector<Listener>& listeners) {
     std::string places;
-    for (const Address& address : settings.listen) {
+    for (const Listener& one : listeners) {
+        if (one.type != SOCK_DGRAM) continue;  // Each address is served over TCP as well.
         if (!places.empty()) places += ", ";
-        places += address.str();
+        places += one.address.str();
     }
     const Peer& first = settings.upstreams.front();
     const size_t more = settings.upstreams.size() - 1;
@@ -618,7 +620,7 @@ int main(int argc, char** argv) {
             if (one.type == SOCK_DGRAM) keep_doing([one] { serve_udp(one.fd); });
             if (one.type == SOCK_STREAM) keep_doing([one] { serve_tcp(one.fd); });
         }
-        detach([] { say(ready_line()); });  // as say_totals() does
+        detach([&listeners] { say(ready_line(listeners)); });  // as say_totals() does
         notify_service_manager();
 
         wait_for_end(signals);

@@ -229,6 +229,28 @@ TEST("field.a_resolver_that_is_deaf_from_the_start_costs_no_query_under_load") {
     CHECK_EQ(load.good, load.sent);
 }
 
+// It shakes hands and answers nobody, so only a query can find out that it is back: connections
+// that are opened ahead must not take the turn of that query. Before: it was asked no more.
+TEST("field.a_resolver_that_was_deaf_is_asked_again") {
+    Certificates certificates;
+    // A connection that was opened ahead is gone before the next rest ends.
+    const int idle_ms = 5500;
+    Upstream first(certificates, {.idle_ms = idle_ms, .deaf = true}), second(certificates);
+    Proxy proxy(certificates, {first.spec(), second.spec()});
+    const auto ask_for = [&](int seconds) {
+        const auto start = Clock::now();
+        while (since(start) < seconds && !contains(proxy.out(), "answers again")) {
+            CHECK_EQ(proxy.ask(make_query("a.test")).rcode(), 0);
+            usleep(1900000);
+        }
+    };
+    ask_for(12);  // Its rests are 1 s, 2 s, 4 s and 8 s long.
+    CHECK(contains(proxy.out(), "asked last until it answers"));
+    first.set({.idle_ms = idle_ms});
+    ask_for(30);
+    CHECK_WHY(contains(proxy.out(), "answers again"), proxy.out());
+}
+
 // It was well, and falls silent while many ask.
 // Before: NOERROR, or SERVFAIL after 4 s for a fifth of them on a busy machine.
 TEST("field.a_resolver_that_falls_silent_under_load_costs_no_query") {
