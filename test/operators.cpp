@@ -335,6 +335,22 @@ TEST("operators.the_octets_of_vv_do_not_mix") {
     CHECK_EQ(queries, number);
 }
 
+// Who tells that a resolver has failed waits for the log to be read. The others are answered.
+TEST("operators.a_log_that_nobody_reads_stops_only_who_writes") {
+    Pipe pipe;
+    Certificates c;
+    Upstream bad(c, {.cert = Cert::Expired}), good(c);
+    Proxy proxy(c, {bad.spec(), good.spec()}, {"-q"});
+    pipe.fill();
+    Client teller(SOCK_DGRAM, proxy.port);
+    teller.send(make_query("a.test"));
+    CHECK(!teller.readable(2));
+    for (int i = 0; i < 5; i++) {
+        const auto m = proxy.udp(make_query("b.test"), 10);
+        CHECK(m && Answer(*m).rcode() == 0);
+    }
+}
+
 // ---- The end -----------------------------------------------------------------------------------
 
 // Sends the signal; the program must end with 0, and in time.
