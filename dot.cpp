@@ -1071,7 +1071,7 @@ size_t Permits::get_most() {
 
 void Permits::set_most(size_t number) {
     Lock lock(mutex);
-    most = number;  // Nobody who waits is woken: it is set before anybody waits, or nobody does.
+    most = number;  // Nobody is woken: for places of a stock, which change, nobody waits.
 }
 
 // ---- Upstreams ---------------------------------------------------------------------------------
@@ -1424,9 +1424,10 @@ struct Upstream : Peer {
     Tickets tickets;
     Stock stock;
     UsualTime usual_answer{64};  // from a query that was sent to its answer
-    Permits open{SIZE_MAX};      // counts verified connections; there is no limit
-    Permits dials{SIZE_MAX};     // counts those that are going on
-    std::atomic<int> group{0};   // of the last key exchange, as an OpenSSL NID; 0: none yet
+    // Two counters that go down by themselves; there is no limit.
+    Permits open{SIZE_MAX};     // verified connections
+    Permits dials{SIZE_MAX};    // those that are going on
+    std::atomic<int> group{0};  // of the last key exchange, as an OpenSSL NID; 0: none yet
 };
 
 // Set once, by prepare(), before the first thread starts.
@@ -1489,11 +1490,11 @@ public:
         return message;
     }
 
-    // A try begins. Returns how many have begun, without those that failed since: what
-    // is_overtaken() must be told.
+    // A try begins. Returns its number, for is_overtaken(). One that fails takes its number back,
+    // so the numbers bound the tries that run at the same time.
     int begin_try() { return ++tries_begun; }
 
-    // Whether a try need not go on: there is an answer, or three others have begun since. That
+    // Whether a try need not go on: there is an answer, or the numbers are three ahead of it. That
     // bounds the threads for each query.
     bool is_overtaken(int number) const { return was_answered || tries_begun >= number + 3; }
 
@@ -1569,7 +1570,7 @@ private:
     bool may_be_asked(const Upstream& upstream) const {
         if (was_sent && !is_repeatable) return false;
         // If two connections were closed upon this query, it is what they refuse to answer: nobody
-        // is asked twice. (What failed over a ready connection was taken out of `asked` again.)
+        // is asked twice. (A failure over a ready connection did not count: see note_failure().)
         const int most = closed_upon >= 2 ? 1 : 3;
         return tries[upstream.number].asked < most;
     }
@@ -1771,7 +1772,7 @@ public:
         count("dialled");
         open_socket();
         set_up_tls();
-        begin_step(2.5);  // in usual answers: TCP takes one round trip, and TLS another
+        begin_step(2.5);  // late after 2.5 usual answers: TCP and TLS take one each
         persist([this] { return connect_socket(); });
         stage = Failure::CONNECTED;
         persist([this] { return has_succeeded(SSL_connect(ssl.get())); });
@@ -2272,7 +2273,7 @@ static void open_ahead_in_thread(Upstream& upstream, const std::shared_ptr<Permi
 static void restock(Upstream& upstream) {
     // Let the client run before this thread takes the processor for a handshake.
     std::this_thread::sleep_for(milliseconds(1));
-    const auto place = upstream.stock.reserve();  // is_low() counts it as one being opened.
+    const auto place = upstream.stock.reserve();  // first: is_low() then counts it as being opened
     if (upstream.stock.is_low()) open_ahead_in_thread(upstream, upstream.stock.reserve());
     open_ahead(upstream, place);
 }
@@ -2307,8 +2308,8 @@ static void learn_from_answer(Transaction& transaction, Upstream& upstream,
 //
 // What happened                            a try?  a refusal of this query?
 // no route, no port, no memory here        no      no
-// the end, while connecting                no      no
-// the end, after the query was sent
+// closed while connecting                  no      no
+// closed after the query was sent
 //   on a new connection                    yes     yes
 //   on a ready one                         no      perhaps, so: yes
 //   on one that has answered (--reuse)     no      no

@@ -261,7 +261,8 @@ void set_option(int fd, int level, int option, const auto& value) {
 // ---- Beyond POSIX ------------------------------------------------------------------------------
 // In a program that was made with -DPOSIX_ONLY these do nothing, and options have no long words.
 
-// Has the kernel acknowledge at once what has come over this TCP socket.
+// Has the kernel acknowledge at once what has come over this TCP socket. Otherwise a server with
+// Nagle's algorithm holds the rest back for 40 ms.
 void acknowledge_at_once(int fd);
 // Has recvmsg(2) report which of our addresses a datagram was sent to.
 void report_asked_address(int fd, bool is_v4);
@@ -308,7 +309,8 @@ bool guard(const std::function<void()>& work);
 bool detach(const std::function<void()>& work);
 
 // A permit to do something of which only so much may go on at a time. It is given back when it is
-// destroyed. Permits bound the threads, memory and handshakes that strangers can cause.
+// destroyed. Permits bound the threads, memory and handshakes that strangers can cause. They are
+// shared, as a std::function that holds one must be copyable.
 class Permits;
 struct Permit {
     Permit() = default;
