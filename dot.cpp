@@ -1303,8 +1303,8 @@ private:
 // acknowledged. With an old connection that is over.
 //
 // The stock is as large as the resolver likes. What it likes shows in how long a handshake takes:
-// if that grows to three times the best, the resolver is overloaded, and the stock is halved. When
-// that is over it grows again as its connections are used.
+// if that grows to three times the best, the resolver is overloaded, and the stock is halved. It
+// grows again as its connections are used.
 class Stock {
 public:
     explicit Stock(size_t most) : most(most), places(most) {}
@@ -1350,7 +1350,7 @@ public:
         deaths = 0;
         uses++;
         const size_t room = places.get_most();
-        if (is_overloaded || uses < room || room >= most) return;
+        if (uses < room || room >= most) return;
         uses = 0;
         places.set_most(room + 1);
     }
@@ -1362,8 +1362,7 @@ public:
         Lock lock(mutex);
         // The best fades slowly, so that after a change of routes another can be the best.
         best_dial = std::min(took, best_dial + best_dial / 256);
-        is_overloaded = usual >= 3 * best_dial + milliseconds(5);
-        if (is_overloaded) halve(usual);
+        if (usual >= 3 * best_dial + milliseconds(5)) halve(usual);
     }
 
     // The resolver has refused a connection while it served others.
@@ -1409,7 +1408,6 @@ private:
     size_t uses = 0;                                 // since there was a place more
     int deaths = 0;                                  // soon and unused, one after the other
     Duration best_dial = seconds(10);
-    bool is_overloaded = false;  // Handshakes usually take too long.
     Time last_use{};
     Time halved_at{};
     Time no_dial_before{};
