@@ -310,9 +310,8 @@ static void append(Bytes& m, const Bytes& more) { m.insert(m.end(), more.begin()
 
 // A record type. Domain names may be in its data: `names` of them, from octet `names_at` on. They
 // may be compressed: in the types of RFC 1035, and in those later ones in which senders did so
-// although they must not (RFC 3597 4). When an OPT record grows or
-// shrinks, all that follows it moves, and the pointers in these names must be corrected: see
-// replace_opt().
+// although they must not (RFC 3597 4). When an OPT record grows or shrinks, all that follows it
+// moves, and the pointers in these names must be corrected: see replace_opt().
 struct TypeRow {
     int type;
     const char* name;

@@ -322,8 +322,8 @@ struct Permit {
 class Permits {
 public:
     explicit Permits(size_t most) : most(most) {}
-    std::shared_ptr<Permit> take();            // nullptr: there is none left
-    std::shared_ptr<Permit> wait(Time until);  // nullptr: there was none until then
+    std::shared_ptr<Permit> take();                          // nullptr: there is none left
+    std::shared_ptr<Permit> wait(Time until = Time::max());  // nullptr: there was none until then
     size_t in_use();
     size_t get_most();
     void set_most(size_t number);

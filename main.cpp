@@ -346,8 +346,9 @@ static void serve_udp(int fd) {
     Bytes buffer(longest_message);
     for (;;) {
         const auto datagram = std::make_shared<Datagram>(fd);
-        if (!datagram->receive(buffer)) {                   // [1]
-            std::this_thread::sleep_for(milliseconds(20));  // There is no memory, for example.
+        const bool has_come = datagram->receive(buffer);  // [1]
+        if (!has_come) {                                  // There is no memory, for example.
+            std::this_thread::sleep_for(milliseconds(20));
             continue;
         }
         if (!may_ask(datagram->client)) {
@@ -394,7 +395,7 @@ struct WayBack {
 
 static void serve_client(const std::shared_ptr<Client>& client) {
     for (;;) {
-        const auto permit = client->queries.wait(Time::max());
+        const auto permit = client->queries.wait();
         std::optional<Bytes> octets = read_frame(client->fd);  // [1]
         if (!octets) return;
         const auto way_back = std::make_shared<WayBack>(WayBack{client, permit});
@@ -407,7 +408,7 @@ static void serve_client(const std::shared_ptr<Client>& client) {
 static void serve_tcp(int listener) {
     std::map<std::string, std::shared_ptr<Permits>> hosts;  // those that have clients
     for (;;) {
-        const auto permit = client_permits.wait(Time::max());  // More clients wait in the backlog.
+        const auto permit = client_permits.wait();  // More clients wait in the backlog.
         Address address;
         socklen_t size = sizeof address;
         const int fd = accept4(listener, &address.any, &size, SOCK_CLOEXEC);
@@ -620,7 +621,8 @@ int main(int argc, char** argv) {
             if (one.type == SOCK_DGRAM) keep_doing([one] { serve_udp(one.fd); });
             if (one.type == SOCK_STREAM) keep_doing([one] { serve_tcp(one.fd); });
         }
-        detach([&listeners] { say(ready_line(listeners)); });  // as say_totals() does
+        const std::string is_ready = ready_line(listeners);
+        detach([is_ready] { say(is_ready); });  // as say_totals() does
         notify_service_manager();
 
         wait_for_end(signals);
