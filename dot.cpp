@@ -1311,11 +1311,7 @@ public:
     // A place for a connection that will be opened; nullptr: there is no room.
     std::shared_ptr<Permit> reserve() { return places.take(); }
 
-    void park(std::shared_ptr<Connection> connection) {
-        Lock lock(mutex);
-        parked.push_back(std::move(connection));
-    }
-
+    void park(std::shared_ptr<Connection> connection);
     std::shared_ptr<Connection> take_oldest();  // that is alive; nullptr: there is none
     void drop_dead();
     void drop_older_than(Time time);
@@ -1396,7 +1392,7 @@ private:
         places.set_most(std::max(half, least));
     }
 
-    std::shared_ptr<Connection> pop_oldest();
+    std::shared_ptr<Connection> pop_oldest(Time after = Time::min());
     bool is_fit(Connection& connection);
 
     const size_t most;
@@ -2140,11 +2136,23 @@ private:
     size_t octets_left = most_octets;  // that may be read in this step
 };
 
-std::shared_ptr<Connection> Stock::pop_oldest() {
+static Time opened_at(const std::shared_ptr<Connection>& connection) { return connection->opened; }
+
+// One that was taken out to be looked at comes back to its place, so the oldest is always the
+// first.
+void Stock::park(std::shared_ptr<Connection> connection) {
     Lock lock(mutex);
-    if (parked.empty()) return nullptr;
-    std::shared_ptr<Connection> oldest = std::move(parked.front());
-    parked.pop_front();
+    const auto next = std::ranges::upper_bound(parked, connection->opened, {}, opened_at);
+    parked.insert(next, std::move(connection));
+}
+
+// The oldest of those that were opened after that time.
+std::shared_ptr<Connection> Stock::pop_oldest(Time after) {
+    Lock lock(mutex);
+    const auto found = std::ranges::upper_bound(parked, after, {}, opened_at);
+    if (found == parked.end()) return nullptr;
+    std::shared_ptr<Connection> oldest = std::move(*found);
+    parked.erase(found);
     return oldest;
 }
 
@@ -2157,17 +2165,14 @@ std::shared_ptr<Connection> Stock::take_oldest() {
     }
 }
 
-// Looks at each of them, one after the other, so that a query which comes meanwhile finds the
-// others. The one that was looked at goes to the end, so one full turn leaves them in their order.
+// Looks at each of them, the oldest first and one after the other, so that a query which comes
+// meanwhile finds the others.
 void Stock::drop_dead() {
-    size_t left = 0;
-    {
-        Lock lock(mutex);
-        left = parked.size();
-    }
-    for (; left > 0; left--) {
-        std::shared_ptr<Connection> oldest = pop_oldest();
+    Time seen = Time::min();
+    for (;;) {
+        std::shared_ptr<Connection> oldest = pop_oldest(seen);
         if (!oldest) return;
+        seen = oldest->opened;
         if (is_fit(*oldest)) park(std::move(oldest));
     }
 }

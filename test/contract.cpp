@@ -147,7 +147,8 @@ TEST("contract.the_oldest_ready_connection_is_taken_first") {
         clients.emplace_back(
             [&, i] { p.proxy.udp(make_query("m" + std::to_string(i) + ".test")); });
     for (auto& c : clients) c.join();
-    CHECK(eventually([&] { return p.upstream.seen().open >= 7; }));  // a miss parks two
+    CHECK(eventually([&] { return p.upstream.seen().handshakes >= 4 + 7; }));  // a miss parks two
+    usleep(500000);  // They are parked when their tickets have come.
     const int waiting = p.upstream.seen().connections;
     for (int i = 0; i < 6; i++) {
         CHECK_EQ(p.proxy.ask(make_query("a.test", 1, {}, 100 + i)).rcode(), 0);
@@ -157,8 +158,8 @@ TEST("contract.the_oldest_ready_connection_is_taken_first") {
     int newer = 0;  // than those which waited when the first of the six came
     for (size_t i = 0; i < seen.queries.size(); i++)
         newer += get16(seen.queries[i], 0) < 200 && seen.on[i] > waiting;
-    // One that is parked while the others are looked at comes before some of them.
-    CHECK_WHY(newer <= 3, std::to_string(newer));
+    // The oldest is out for a moment, to be looked at.
+    CHECK_WHY(newer <= 1, std::to_string(newer));
 }
 
 TEST("contract.pointed_at_itself_it_ends_in_servfail") {
