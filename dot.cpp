@@ -1345,7 +1345,7 @@ public:
         deaths = 0;
         uses++;
         const size_t room = places.get_most();
-        if (uses < room || room >= most) return;
+        if (uses < room || room >= most || Clock::now() < no_growth_before) return;
         uses = 0;
         places.set_most(room + 1);
     }
@@ -1368,11 +1368,13 @@ public:
     }
 
     // A ready connection was closed at that age, before it was used. If that is soon, the resolver
-    // does not want it, and the next one waits: for a second, then two, at most a minute.
+    // does not want so many: the stock is halved and does not grow for a while. And perhaps it
+    // wants none: the next one waits for a second, then two, at most a minute.
     void died(Duration age) {
         Lock lock(mutex);
         if (age >= seconds(5)) return;
         halve(seconds(1));
+        no_growth_before = Clock::now() + seconds(10);
         const seconds pause(1 << std::min(deaths, 6));
         no_dial_before = Clock::now() + std::min(pause, seconds(60));
         deaths++;
@@ -1406,6 +1408,7 @@ private:
     Time last_use{};
     Time halved_at{};
     Time no_dial_before{};
+    Time no_growth_before{};
 };
 
 struct Upstream : Peer {
