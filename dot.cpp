@@ -116,7 +116,8 @@ static std::string advice_on_address(const std::string& from) {
     const bool is_number = from.find_first_not_of("0123456789") == from.npos;
     if (is_number && !from.empty()) return "a port follows an address: write 127.0.0.1@" + from;
 
-    // "127.0.0.1:53", "[::1]:53", "[::1]@53" or "[::1]"
+    // "127.0.0.1:53", "[::1]:53", "[::1]@53" or "[::1]". Of "[::1]:53" the host is "::1", and the
+    // rest is ":53".
     std::string host = from.substr(0, from.rfind(':'));
     std::string rest = from.substr(host.size());
     if (from.starts_with('[')) {
@@ -309,9 +310,9 @@ static void append16(Bytes& m, size_t value) {
 static void append(Bytes& m, const Bytes& more) { m.insert(m.end(), more.begin(), more.end()); }
 
 // A record type. Domain names may be in its data: `names` of them, from octet `names_at` on. They
-// may be compressed: in the types of RFC 1035, and in those later ones in which senders did so
-// although they must not (RFC 3597 4). When an OPT record grows or shrinks, all that follows it
-// moves, and the pointers in these names must be corrected: see replace_opt().
+// may be compressed: in the types of RFC 1035, and in some later ones, in which senders have
+// compressed them against the rules (RFC 3597 4). When an OPT record grows or shrinks, all that
+// follows it moves, and the pointers in these names must be corrected: see replace_opt().
 struct TypeRow {
     int type;
     const char* name;
@@ -427,6 +428,7 @@ public:
                 return pointer;
             }
             size += 1 + size_t(length);
+            // A pointer where none may be is more than 63 as well.
             if (length > 63 || size >= longest_name)
                 throw Malformed{"a name or record does not parse"};
         }
@@ -501,8 +503,8 @@ static void read_record(Cursor& in, int section, Layout& layout) {
 // Where the count of a section's records is.
 static size_t count_at(int section) { return questions_at + 2 * size_t(section); }
 
-// One walk over a message serves both ends: what -vv shows is what the proxy acts on. A message
-// that does not parse has fields up to there, and what is wrong with it as the last one.
+// One walk over a message serves two purposes, so what -vv shows is what the proxy acts on. A
+// message that does not parse has fields up to there, and what is wrong with it as the last one.
 static Layout parse_and_note(const Bytes& m, std::vector<Field>* fields) {
     Layout layout;
     Cursor in(m, 0, fields);
@@ -782,6 +784,7 @@ static std::optional<Bytes> replace_opt(Bytes m, const Layout& layout, const Byt
     constexpr size_t pointer_bits = 0x3fff;  // where it points, in 14 bits
     const size_t new_end = layout.opt + record.size();
     std::vector<size_t> pointers;
+    // If nothing comes behind it, nothing moves. Pointers lead back, so none leads into it.
     if (layout.opt_end < m.size()) pointers = find_pointers(m, layout);
     for (size_t pointer : pointers) {
         const size_t target = size_t(get16(m, pointer)) & pointer_bits;
@@ -901,7 +904,7 @@ std::optional<Bytes> unpad(const Query& query, const Bytes& answer, const Layout
         return replace_options(a, layout, options);
     }
 
-    // The lower four bits of an extended rcode alone are another rcode.
+    // Without OPT only the lower four bits of an extended rcode are left: that is another rcode.
     if (a[layout.opt + opt_rcode_at] != 0) return std::nullopt;
     put16(a, additionals_at, size_t(get16(a, additionals_at)) - 1);
     return replace_opt(a, layout, {});
@@ -984,8 +987,8 @@ std::string host_of(const Address& client) {
 }
 
 // With --rate 10 a host has a bucket of ten queries, which is refilled by one each 100 ms. All
-// there is to remember is when the bucket will be full: each query puts that off by 100 ms, and if
-// it is more than a second away the bucket is empty.
+// there is to remember is when the bucket will be full. Each query puts that off by 100 ms. After
+// ten queries at once it is a second away: the bucket is empty, and the eleventh is refused.
 bool over_rate(const Address& client, bool tcp) {
     static std::mutex mutex;  // guards `full_at`
     static std::map<std::string, Time> full_at;
@@ -1070,7 +1073,7 @@ size_t Permits::get_most() {
 
 void Permits::set_most(size_t number) {
     Lock lock(mutex);
-    most = number;  // Nobody is woken: for places of a stock, which change, nobody waits.
+    most = number;  // Nobody is woken: only a stock changes it, and for its places nobody waits.
 }
 
 // ---- Upstreams ---------------------------------------------------------------------------------
@@ -1155,7 +1158,7 @@ private:
 // Whether an upstream is well. One that is at fault rests: it is asked last. From time to time one
 // query tries it all the same, to see whether it is back.
 //
-// `faults` counts its rests in a row, and `rests_until` is when the present one ends. A deaf
+// `rests` counts its rests in a row, and `rests_until` is when the present one ends. A deaf
 // upstream shakes hands and answers nobody: only an answer ends its rests.
 class Health {
 public:
@@ -1180,7 +1183,7 @@ public:
         Lock lock(mutex);
         const Time now = Clock::now();
         const bool is_resting = now < rests_until;
-        if (faults == 0 && !is_resting) return true;
+        if (rests == 0 && !is_resting) return true;
         if (is_resting && is_anybody_well) return false;  // The other one is asked.
         if (is_resting && now < asked_at + milliseconds(100)) return false;
         // The next rest begins at once, so that no second query tries it. recover() ends it.
@@ -1218,27 +1221,30 @@ public:
         {
             Lock lock(mutex);
             const Time now = Clock::now();
-            const bool is_resting = faults > 0 && now < rests_until;
-            if (is_resting) return;
-            is_first = faults == 0;
+            // Of what happened here, such as a missing route, it has no rests: see pass_over().
+            const bool is_known = rests > 0 && now < rests_until;
+            if (is_known) return;
+            is_first = rests == 0;
             begin_rest(now);
         }
         if (is_first) say("UPSTREAM " + address + " " + why + ": asked last until it answers");
     }
 
-    // A try that began at that time is late. A name that takes long can make it so, so that alone
-    // is no fault.
+    // A try that began at that time is late. The name may be the reason, so one late try is no
+    // fault.
     void late(Time begun) {
         Lock lock(mutex);
-        if (last_answer >= begun) return;
+        if (last_answer >= begun) return;  // It has answered others meanwhile.
         if (lates == 0) first_late = begun;
         lates++;
     }
 
-    // Called now and then while a try is late, for time is evidence too. Three tries are late, and
-    // nobody has had an answer since they began. If no handshake has succeeded either, it is gone.
-    // If handshakes succeed, these names may take long; but after half a second it is deaf: it
-    // answers nobody. `longest_handshake`: if a handshake is going on, how long one takes at most.
+    // Called now and then while a try is late, for time is evidence too. If three tries are late
+    // and nobody has had an answer since they began, it is one of three:
+    // - A handshake is going on, and for `longest_handshake` none has succeeded: it is gone.
+    // - Half a second is over: it may shake hands, but it answers nobody. It is deaf.
+    // - Else these names may take long, and it is well.
+    // `longest_handshake`: how long one takes at most; nullopt: none is going on.
     void judge_silence(std::optional<Duration> longest_handshake, const std::string& why) {
         {
             Lock lock(mutex);
@@ -1268,16 +1274,17 @@ public:
 private:
     // RFC 9520 3.2: a failure is remembered for a second at least, and for five minutes at most.
     void begin_rest(Time now) {
-        const seconds rest(1 << std::min(faults, 9));
+        const seconds rest(1 << std::min(rests, 9));
         rests_until = now + std::min(rest, seconds(300));
         asked_at = now;
-        faults++;
+        rests++;
     }
 
     bool recover() {
-        const bool was_at_fault = faults > 0;
+        const bool was_at_fault = rests > 0;
+        // A handshake of one that was well is no answer, so its late tries still count.
         if (was_at_fault) lates = 0;
-        faults = 0;
+        rests = 0;
         is_deaf = false;
         is_out_of_reach = false;
         rests_until = {};
@@ -1286,7 +1293,7 @@ private:
 
     const std::string address;
     std::mutex mutex;    // guards what follows
-    int faults = 0;      // rests, one after the other
+    int rests = 0;       // one after the other
     Time rests_until{};  // in the past: it is well
     Time asked_at{};     // when it was asked last although it is at fault
     int lates = 0;       // tries that were late, since it answered last
@@ -1357,14 +1364,14 @@ public:
         Lock lock(mutex);
         // The best fades slowly, so that after a change of routes another can be the best.
         best_dial = std::min(took, best_dial + best_dial / 256);
-        if (usual >= 3 * best_dial + milliseconds(5)) halve(usual);
+        if (usual >= 3 * best_dial + milliseconds(5)) halve_once_in(usual);
     }
 
     // The resolver has refused a connection while it served others.
     void refused() {
         const Duration usual = usual_dial.get();
         Lock lock(mutex);
-        halve(usual);
+        halve_once_in(usual);
     }
 
     // A ready connection was closed at that age, before it was used. If that is soon, the resolver
@@ -1373,7 +1380,7 @@ public:
     void died(Duration age) {
         Lock lock(mutex);
         if (age >= seconds(5)) return;
-        halve(seconds(1));
+        halve_once_in(seconds(1));
         no_growth_before = Clock::now() + seconds(10);
         const seconds pause(1 << std::min(deaths, 6));
         no_dial_before = Clock::now() + std::min(pause, seconds(60));
@@ -1383,10 +1390,10 @@ public:
 private:
     // Halves the stock, but only once in that time: until then the effect does not show. With
     // --reuse each connection that is kept saves a handshake, so fewer would be no relief.
-    void halve(Duration once_in) {
+    void halve_once_in(Duration time) {
         if (settings.reuse) return;
         const Time now = Clock::now();
-        if (now < halved_at + once_in) return;
+        if (now < halved_at + time) return;
         halved_at = now;
         // Half of what is there: there may be room for many more, and to halve that is no relief.
         const size_t half = std::min(places.get_most(), places.in_use()) / 2;
@@ -1486,12 +1493,12 @@ public:
         return message;
     }
 
-    // A try begins. Returns its number, for is_overtaken(). One that fails takes its number back,
-    // so the numbers bound the tries that run at the same time.
+    // A try begins. Returns its number, for is_overtaken(): how many have begun and not
+    // failed, with this one.
     int begin_try() { return ++tries_begun; }
 
-    // Whether a try need not go on: there is an answer, or the numbers are three ahead of it. That
-    // bounds the threads for each query.
+    // Whether a try need not go on: there is an answer, or three more tries have begun since, and
+    // not failed. That bounds the threads for each query.
     bool is_overtaken(int number) const { return was_answered || tries_begun >= number + 3; }
 
     // Which upstream to ask next; nullptr: none. Each may be asked three times for one query (RFC
@@ -1516,7 +1523,7 @@ public:
         return is_repeatable && one.closed == 0 && one.ready < most_ready;
     }
 
-    void uses_ready(const Upstream& upstream) {
+    void note_ready(const Upstream& upstream) {
         Lock lock(mutex);
         tries[upstream.number].ready++;
     }
@@ -1542,7 +1549,7 @@ public:
         if (!is_try) one.asked--;
         if (is_refusal) {
             one.closed++;
-            closed_upon++;
+            closed_by_all++;
         }
         one.not_before = Clock::now() + one.pause;
         one.pause = std::min<Duration>(2 * one.pause, milliseconds(400));
@@ -1566,8 +1573,9 @@ private:
     bool may_be_asked(const Upstream& upstream) const {
         if (was_sent && !is_repeatable) return false;
         // If two connections were closed upon this query, it is what they refuse to answer: nobody
-        // is asked twice. (A failure over a ready connection did not count: see note_failure().)
-        const int most = closed_upon >= 2 ? 1 : 3;
+        // is asked twice. (A failure over a ready connection is not in `asked`: see
+        // note_failure().)
+        const int most = closed_by_all >= 2 ? 1 : 3;
         return tries[upstream.number].asked < most;
     }
 
@@ -1616,7 +1624,7 @@ private:
             "answer on port 443 as well: --upstream ADDR@443#NAME");
     }
 
-    const std::shared_ptr<const Query> query_owner;
+    const std::shared_ptr<const Query> query_owner;  // keeps `query` alive
 
 public:
     const Query& query;
@@ -1631,7 +1639,7 @@ private:
     std::atomic<bool> was_sent{false};
     std::mutex mutex;          // guards what follows
     std::vector<Tries> tries;  // one for each upstream
-    int closed_upon = 0;       // connections, by all of them
+    int closed_by_all = 0;     // how many connections, by any of them
     Failure::Stage furthest = Failure::NOWHERE;
     std::string reason = "nobody could be asked in time";
 };
@@ -1648,8 +1656,8 @@ static bool start_race(Transaction& transaction, Upstream& upstream);
 static int on_ticket(SSL* ssl, SSL_SESSION* session) {
     Upstream& upstream = *static_cast<Upstream*>(SSL_get_app_data(ssl));
     const unsigned long lifetime = SSL_SESSION_get_ticket_lifetime_hint(session);
-    // RFC 8446 4.6.1: nobody may promise more than a week, and 0 means not to keep it; only in TLS
-    // 1.2 it means nothing. OpenSSL sees when the lifetime is over.
+    // RFC 8446 4.6.1: nobody may promise more than a week, and 0 means not to keep it. In TLS 1.2
+    // it means that the lifetime is not known. OpenSSL sees when the lifetime is over.
     if (lifetime > 7 * 86400) return 0;
     if (lifetime == 0 && SSL_version(ssl) >= TLS1_3_VERSION) return 0;
     guard([&] {  // No exception may pass through OpenSSL.
@@ -1719,6 +1727,7 @@ void prepare() {
     SSL_CTX_set_max_cert_list(tls, 32 * 1024);  // octets
     const uint8_t alpn[] = {3, 'd', 'o', 't'};  // its length, then the name
     SSL_CTX_set_alpn_protos(tls, alpn, sizeof alpn);
+    // on_ticket() keeps the sessions, and OpenSSL none.
     SSL_CTX_set_session_cache_mode(tls, SSL_SESS_CACHE_CLIENT | SSL_SESS_CACHE_NO_INTERNAL);
     SSL_CTX_sess_set_new_cb(tls, on_ticket);
     SSL_CTX_dane_enable(tls);        // OpenSSL's way to compare keys with pins
@@ -1764,7 +1773,7 @@ public:
 
     void dial() {  // [4]
         const Time begun = Clock::now();
-        const auto dial = upstream.dials.take();
+        const auto going_on = upstream.dials.take();  // counts this one until it ends
         count("dialled");
         open_socket();
         set_up_tls();
@@ -1819,8 +1828,8 @@ public:
 
     Bytes read_message() {  // [6]
         is_awaiting_answer = true;
-        const Bytes length = read(2);
-        const Bytes message = read(size_t(get16(length, 0)));
+        const Bytes length = read_octets(2);
+        const Bytes message = read_octets(size_t(get16(length, 0)));
         is_awaiting_answer = false;
         return message;
     }
@@ -1845,7 +1854,9 @@ public:
         has_failed = true;
         open_permit = nullptr;
         tell(stage >= Failure::VERIFIED ? 6 : 4, why);
-        return {cause, cause == Failure::LOCAL ? Failure::NOWHERE : stage, why};
+        // A reason on this machine is told to the client only if no try has got further.
+        if (cause == Failure::LOCAL) return {cause, Failure::NOWHERE, why};
+        return {cause, stage, why};
     }
 
     void tell(int step, const std::string& what, const Bytes& message = {}) const {
@@ -1931,7 +1942,7 @@ private:
 
     // [6] Reads just so many octets, in however many pieces they come. Throws a Failure if it
     // cannot.
-    Bytes read(size_t size) {
+    Bytes read_octets(size_t size) {
         Bytes octets(size);
         size_t have = 0;
         while (have < size) {
@@ -1949,7 +1960,8 @@ private:
 
     // A step begins: it is late if it takes longer than so many times the usual time of an answer.
     // But less than 25 ms is not late: it is more often the scheduler's fault than the network's.
-    // And more than 500 ms always is: a client that asks for slow names must not make others wait.
+    // And more than 500 ms always is: slow names raise the usual time, and others must not wait for
+    // that.
     void begin_step(double times) {
         step_begun = Clock::now();
         octets_left = most_octets;
@@ -1980,6 +1992,7 @@ private:
     // called again after 50 ms.
     void be_late() {
         std::optional<Duration> longest_handshake;
+        // Twice as long as until a handshake is late.
         if (upstream.dials.in_use() > 0)
             longest_handshake = std::clamp<Duration>(5 * upstream.usual_answer.get(),
                                                      milliseconds(100), milliseconds(500));
@@ -1996,23 +2009,24 @@ private:
         return "no answer in time";
     }
 
-    // OpenSSL calls this before each read(2) and write(2), with 1 as its result, and then
-    // (BIO_CB_RETURN) after it with its result and its number of octets: BIO_set_callback_ex(3). If
-    // -1 is returned before, the call is not made. "Retry" tells OpenSSL that it is as if the call
-    // had to wait.
+    // OpenSSL calls this before each read(2) and write(2), and after it (BIO_CB_RETURN), with the
+    // result and the number of octets: see BIO_set_callback_ex(3). If this returns -1 before, the
+    // call is not made. "Retry" tells OpenSSL that it is as if the call had to wait.
     static long on_io(BIO* bio, int what, const char*, size_t, int, long, int result,
                       size_t* octets) {
         Connection& own = *reinterpret_cast<Connection*>(BIO_get_callback_arg(bio));
-        if (what == BIO_CB_READ && !own.may_read()) {
+        const bool is_before_read = what == BIO_CB_READ;
+        const bool is_before_write = what == BIO_CB_WRITE;
+        const bool is_after_read = what == (BIO_CB_READ | BIO_CB_RETURN);
+        if (is_before_read && !own.may_read()) {
             BIO_set_retry_read(bio);
             return -1;
         }
-        if (what == BIO_CB_WRITE && !own.set_time_limit()) {
+        if (is_before_write && !own.set_time_limit()) {
             BIO_set_retry_write(bio);
             return -1;
         }
-        const bool has_read = what == (BIO_CB_READ | BIO_CB_RETURN) && result > 0;
-        if (has_read) own.octets_left -= std::min(*octets, own.octets_left);
+        if (is_after_read && result > 0) own.octets_left -= std::min(*octets, own.octets_left);
         return result;
     }
 
@@ -2062,7 +2076,7 @@ private:
     }
 
     // Whether an OpenSSL call has done its work, by its result. Returns false if it waited until
-    // `wake_at`.
+    // `wake_at`. Throws a Failure if it failed.
     bool has_succeeded(int result) {
         const int error = errno;
         if (result > 0) return true;
@@ -2145,6 +2159,7 @@ static Time opened_at(const std::shared_ptr<Connection>& connection) { return co
 // first.
 void Stock::park(std::shared_ptr<Connection> connection) {
     Lock lock(mutex);
+    // the first one that was opened later
     const auto next = std::ranges::upper_bound(parked, connection->opened, {}, opened_at);
     parked.insert(next, std::move(connection));
 }
@@ -2238,7 +2253,7 @@ static bool start_race(Transaction& transaction, Upstream& upstream) {
 }
 
 // What a failure says of the upstream. What goes wrong after it was asked says more of the query's
-// name than of the upstream; and that it is late was reported already.
+// name than of the upstream. Of a TIMEOUT be_late() has told its Health already.
 static void learn_from_failure(const Failure& failure, Upstream& upstream) {
     if (failure.cause == Failure::LOCAL) upstream.health.pass_over(failure.why);
     if (failure.cause != Failure::CLOSED && failure.cause != Failure::FAULT) return;
@@ -2356,7 +2371,7 @@ static void carry(const std::shared_ptr<Transaction>& transaction) {
             // [4] A ready connection saves two round trips.
             if (transaction->may_use_ready(*upstream)) connection = upstream->stock.take_oldest();
             if (connection) {
-                transaction->uses_ready(*upstream);
+                transaction->note_ready(*upstream);
                 connection->work_for(transaction.get());
                 count("ready");
             } else {
@@ -2431,7 +2446,8 @@ static void keep_upstreams_warm() {
         const size_t have = stock.size();
         std::shared_ptr<Permit> place;
         if (have < wanted && stock.may_dial()) place = stock.reserve();
-        // In a thread of its own: a resolver that says nothing would hold up the others.
+        // In a thread of its own: a resolver that says nothing would hold up the others. One that
+        // was at fault is tried by one connection at a time.
         if (place && upstream->health.claim(true)) open_ahead_in_thread(*upstream, place);
         wanted = std::max(wanted, have);  // for the next upstream
     }

@@ -207,7 +207,7 @@ struct Verdict {
 // - It has more than one question: FORMERR (RFC 9619 4).
 // - It asks for a zone transfer, AXFR or IXFR: NOTIMP.
 // - It asks for resolver.arpa or a name below it: NOERROR (RFC 9462 6.1).
-// All others are forwarded. The rcode of a verdict is NOERROR if it is not to be answered with one.
+// All others are forwarded. A verdict without an answer has NOERROR, which nobody reads.
 Verdict judge(const Query& query);
 
 // [3] Returns the query, which parses, padded to the next multiple of 128 octets (RFC 8467 4.1),
@@ -224,7 +224,7 @@ Bytes frame(const Bytes& message);
 
 // [7] Whether `answer`, which has this layout, answers `query`: it must parse and have QR set, and
 // id, opcode and question must agree (RFC 5452 9.1), the name without regard to case. An error, and
-// an answer without records (OPT is none), may leave the question out.
+// an answer without records (an OPT does not count here), may leave the question out.
 bool matches(const Query& query, const Bytes& answer, const Layout& layout);
 
 // [7] Returns the answer as its client may see it: without padding and keepalive, which are between
@@ -316,7 +316,7 @@ struct Permit {
     Permit() = default;
     Permit(const Permit&) = delete;
     ~Permit();
-    Permits* of = nullptr;  // who gave it, and gets it back; nullptr: nobody yet
+    Permits* of = nullptr;  // who gave it, and gets it back; set by take() and wait()
 };
 
 class Permits {

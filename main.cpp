@@ -187,7 +187,7 @@ using Send = std::function<void(const Bytes& answer)>;  // the way back to a cli
 
 // In the flags of a header, RFC 1035 4.1.1: QR, opcode, AA, TC, RD; then RA, Z, rcode.
 static int rcode_of(const Bytes& answer) { return answer[3] & 0x0f; }
-static bool is_truncated(const Bytes& answer) { return answer[2] & 0x02; }
+static bool is_truncated(const Bytes& answer) { return answer[2] & 0x02; }  // TC
 
 // Counts what became of a query, and prints its line, for example
 // SUCCESS udp A NOERROR 45 octets 12.3 ms cloudflare-dns.com TLSv1.3 resumed ready
@@ -246,7 +246,7 @@ static void forward(const std::shared_ptr<const Query>& query, std::shared_ptr<P
         guard([&] { tell_of_answer(*query, outcome.answer); });
         // A TCP client may be slow to read, and must not keep a permit meanwhile that others need.
         if (query->tcp) permit = nullptr;
-        send(outcome.answer);
+        send(outcome.answer);  // If this throws, the transaction learns that nothing was sent.
         guard([&] { report(*query, outcome); });
     });
 }
@@ -338,8 +338,8 @@ struct Datagram {
     const int fd;
     Address client;
     Bytes octets;
-    alignas(cmsghdr) char control[64];  // which of our addresses was asked
-    size_t control_size = sizeof control;
+    alignas(cmsghdr) char control[64];     // which of our addresses was asked
+    size_t control_size = sizeof control;  // the room in it; then what is in it
 };
 
 static void serve_udp(int fd) {
@@ -378,9 +378,9 @@ struct Client {
 
     const int fd;
     const Address address;
-    std::shared_ptr<Permit> permit;  // to be one of all clients
+    std::shared_ptr<Permit> permit;  // one of `client_permits`
     std::shared_ptr<Permits> host;   // for the clients of its host
-    // Declared after `host`, so destroyed first: it is one of these.
+    // One of `host`. Declared after it, so destroyed first.
     std::shared_ptr<Permit> permit_of_host;
     Permits queries{queries_of_a_client};
     std::mutex writing;  // guards the order of octets
