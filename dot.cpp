@@ -104,9 +104,9 @@ static bool is_ip_address(const std::string& host) {
 
 int parse_number(const std::string& from, int least, int most) {
     const bool is_digits = from.find_first_not_of("0123456789") == from.npos;
-    if (is_digits && !from.empty() && from.size() <= 9) {
-        const int number = std::stoi(from);
-        if (number >= least && number <= most) return number;
+    if (is_digits && !from.empty() && from.size() <= 10) {
+        const long long number = std::stoll(from);
+        if (number >= least && number <= most) return int(number);
     }
     throw BadOption(text("'%.100s' is not a number from %d to %d", from.c_str(), least, most));
 }
@@ -289,6 +289,8 @@ enum Flag : int {
     FLAGS_RCODE = 0x000f,
 };
 
+constexpr size_t longest_name = 255;  // RFC 1035 2.3.4
+
 // An OPT record without options, and where its fields are (RFC 6891 6.1.2): the root as its owner,
 // the type, the UDP size, the upper bits of the rcode, the version, DO and 15 zeros, the data's
 // size.
@@ -354,9 +356,9 @@ static std::string name_from(const std::map<int, const char*>& names, int number
 
 std::string rcode_name(int rcode) {
     static const std::map<int, const char*> names{
-        {0, "NOERROR"}, {1, "FORMERR"}, {2, "SERVFAIL"}, {3, "NXDOMAIN"},
-        {4, "NOTIMP"},  {5, "REFUSED"}, {6, "YXDOMAIN"}, {7, "YXRRSET"},
-        {8, "NXRRSET"}, {9, "NOTAUTH"}, {10, "NOTZONE"},
+        {0, "NOERROR"},  {1, "FORMERR"},  {2, "SERVFAIL"},   {3, "NXDOMAIN"}, {4, "NOTIMP"},
+        {5, "REFUSED"},  {6, "YXDOMAIN"}, {7, "YXRRSET"},    {8, "NXRRSET"},  {9, "NOTAUTH"},
+        {10, "NOTZONE"}, {16, "BADVERS"}, {23, "BADCOOKIE"},
     };
     return name_from(names, rcode, "RCODE");
 }
@@ -444,7 +446,6 @@ public:
     const Bytes& message;
 
 private:
-    static constexpr size_t longest_name = 255;  // RFC 1035 2.3.4
     std::vector<Field>* const fields;
 };
 
@@ -537,6 +538,12 @@ static Layout parse_and_note(const Bytes& m, std::vector<Field>* fields) {
 
 Layout parse(const Bytes& message) { return parse_and_note(message, nullptr); }
 
+int rcode_of(const Bytes& message) {
+    const size_t opt = parse(message).opt;
+    const int upper = opt ? message[opt + opt_rcode_at] : 0;
+    return upper << 4 | (get16(message, flags_at) & FLAGS_RCODE);
+}
+
 // ---- Messages in words, for -vv ----------------------------------------------------------------
 
 // The name at `at`, with the pointers followed. No more than 64 pointers: they may be a circle.
@@ -550,6 +557,7 @@ static std::string name_in_words(const Bytes& m, size_t at) {
             continue;
         }
         const size_t end = std::min(at + 1 + m[at], m.size());
+        if (name.size() > longest_name) return name + "?";
         if (!name.empty()) name += '.';
         name.append(m.begin() + long(at) + 1, m.begin() + long(end));
         at = end;
@@ -965,7 +973,11 @@ Bytes truncated_reply(const Query& query) { return reply_with(query, FLAG_TC, {}
 
 std::optional<Bytes> read_frame(int fd) {  // [1]
     Bytes length(2);
-    if (recv(fd, length.data(), 2, MSG_WAITALL) != 2) return std::nullopt;
+    ssize_t begun = 0;
+    do {
+        begun = recv(fd, length.data(), 2, MSG_WAITALL);
+    } while (begun < 0 && errno == EINTR);  // The process was stopped, and goes on.
+    if (begun != 2) return std::nullopt;
     Bytes message(size_t(get16(length, 0)));
     if (message.empty()) return std::nullopt;
     const ssize_t got = recv(fd, message.data(), message.size(), MSG_WAITALL);
@@ -1178,14 +1190,15 @@ public:
 
     // Called before a query asks it. Returns false if it must not be asked now. One that is well
     // may always be asked. One that is at fault may be tried by one query when its rest is over;
-    // or, if nobody is well, by one in 100 ms.
+    // or, if nobody is well, by one in 100 ms. If nobody is well and it is deaf, it may be asked:
+    // perhaps it only takes long for some names, and all others must not wait for those.
     bool claim(bool is_anybody_well) {
         Lock lock(mutex);
         const Time now = Clock::now();
         const bool is_resting = now < rests_until;
         if (rests == 0 && !is_resting) return true;
         if (is_resting && is_anybody_well) return false;  // The other one is asked.
-        if (is_resting && now < asked_at + milliseconds(100)) return false;
+        if (is_resting && !is_deaf && now < asked_at + milliseconds(100)) return false;
         // The next rest begins at once, so that no second query tries it. recover() ends it.
         if (!is_resting) begin_rest(now);
         asked_at = now;
@@ -1514,6 +1527,11 @@ public:
         }
     }
 
+    bool has_anybody_left() {
+        Lock lock(mutex);
+        return std::ranges::any_of(upstreams, [&](auto& one) { return may_be_asked(*one); });
+    }
+
     // Two tries may take a ready connection: the second one cures a lost packet. Otherwise a new
     // connection is dialled: after two ready ones, as perhaps all are dead; when this upstream has
     // closed one upon this query; and for a query that may be sent only once.
@@ -1579,11 +1597,6 @@ private:
         return tries[upstream.number].asked < most;
     }
 
-    bool has_anybody_left() {
-        Lock lock(mutex);
-        return std::ranges::any_of(upstreams, [&](auto& one) { return may_be_asked(*one); });
-    }
-
     // Of the upstreams that are well, the first in the user's order that was asked least; if none
     // is well, of those that rest.
     Upstream* choose() {
@@ -1646,7 +1659,7 @@ private:
 
 // A try is late. Has another thread carry the transaction to the next upstream as well. Returns
 // false if that may not or cannot be now: then the caller asks again after a while.
-static bool start_race(Transaction& transaction, Upstream& upstream);
+static bool start_race(Transaction& transaction, Upstream& upstream, bool is_very_late);
 
 // ---- TLS ---------------------------------------------------------------------------------------
 // Every setting that decides whom the proxy trusts is in prepare() and in Connection::set_name()
@@ -1718,6 +1731,8 @@ void prepare() {
         upstreams.push_back(std::make_unique<Upstream>(peer, upstreams.size()));
     tls = SSL_CTX_new(TLS_client_method());
     SSL_CTX_set_min_proto_version(tls, TLS1_2_VERSION);  // RFC 9325 3.1.1
+    // For TLS 1.2, RFC 9325 4.2: forward secrecy, and encryption that protects what it encrypts.
+    SSL_CTX_set_cipher_list(tls, "ECDHE+AESGCM:ECDHE+CHACHA20");
     SSL_CTX_set_options(tls, SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION);
     SSL_CTX_set_verify(tls, SSL_VERIFY_PEER, nullptr);
     // Otherwise OpenSSL takes the subject's CN for a name, which RFC 8310 8.1 forbids.
@@ -1971,6 +1986,7 @@ private:
         const auto late = std::chrono::duration_cast<Duration>(usual * times);
         late_at = step_begun + std::clamp<Duration>(late, milliseconds(25), milliseconds(500));
         if (usual == Duration(0)) late_at = step_begun + milliseconds(250);  // RFC 8305 5
+        very_late_at = step_begun + std::max<Duration>(late, milliseconds(settings.timeout) / 4);
     }
 
     // Makes a blocking call again and again until it is done.
@@ -1999,7 +2015,8 @@ private:
         if (!is_late) upstream.health.late(step_begun);
         is_late = true;
         upstream.health.judge_silence(longest_handshake, why_it_is_late());
-        has_raced = start_race(*transaction, upstream);
+        const bool is_very_late = Clock::now() >= very_late_at;
+        has_raced = start_race(*transaction, upstream, is_very_late);
         late_at = has_raced ? Time::max() : Clock::now() + milliseconds(50);
     }
 
@@ -2061,6 +2078,7 @@ private:
             case EINPROGRESS:
             case EALREADY:
             case EAGAIN:
+            case EINTR:
                 return false;
             case EADDRNOTAVAIL:
             case ENETUNREACH:
@@ -2149,6 +2167,7 @@ private:
     bool is_late = false;              // This step is.
     bool has_raced = false;            // Another try was begun, as this one is late.
     Time late_at = Time::max();        // when this step is late
+    Time very_late_at = Time::max();   // when a race for it is free
     Time wake_at{};                    // when a call that waits gives up
     size_t octets_left = most_octets;  // that may be read in this step
 };
@@ -2243,10 +2262,12 @@ static void carry(const std::shared_ptr<Transaction>& transaction);
 
 // The race: another thread carries the transaction to the next upstream while this try waits on. If
 // this upstream is known to be at fault, that is no race but a failover, and does not spend the
-// budget.
-static bool start_race(Transaction& transaction, Upstream& upstream) {
-    if (!transaction.is_repeatable) return false;
-    if (upstream.health.is_well() && !race_budget.spend()) return false;
+// budget. Nor does a try that is very late: its connection may be dead, and no query is to wait for
+// that until its time is over.
+static bool start_race(Transaction& transaction, Upstream& upstream, bool is_very_late) {
+    if (!transaction.is_repeatable || !transaction.has_anybody_left()) return false;
+    const bool is_free = is_very_late || !upstream.health.is_well();
+    if (!is_free && !race_budget.spend()) return false;
     count("raced");
     const auto shared = transaction.shared_from_this();
     return detach([shared] { carry(shared); });

@@ -167,6 +167,9 @@ struct Layout {
 };
 Layout parse(const Bytes& message);
 
+// The rcode of a message, with the upper bits that its OPT record adds (RFC 6891 6.1.3).
+int rcode_of(const Bytes& message);
+
 // Describes a message for people, a line for each field: its name, its meaning, its octets.
 // Only printable characters.
 std::string annotate(const Bytes& message);

@@ -147,6 +147,18 @@ static void refuse_to_listen_twice() {
     }
 }
 
+// What is wrong with a word that getopt(3) did not take. `optopt` is the letter that it met: of
+// "-qx" it is 'x'. It is 0 if there is no such word, and a known letter if the word has a value
+// that it does not take.
+static std::string complaint_about(const std::string& word) {
+    const auto is_met = [](const OptionRow& row) { return row.letter == optopt; };
+    if (std::ranges::any_of(option_rows(), is_met))
+        return text("%.80s: this option takes no value; see --help", word.c_str());
+    std::string what = word;
+    if (optopt != 0) what = std::string("-") + char(optopt);
+    return text("%.80s: there is no such option; see --help", what.c_str());
+}
+
 // Fills the settings. Throws BadOption.
 static void parse_options(int argc, char** argv) {
     std::vector<OptionWord> words;
@@ -156,8 +168,7 @@ static void parse_options(int argc, char** argv) {
     for (;;) {
         const int letter = next_option(argc, argv, words);
         if (letter == -1) break;
-        if (letter == '?')
-            throw BadOption(text("%.80s: there is no such option; see --help", argv[optind - 1]));
+        if (letter == '?') throw BadOption(complaint_about(argv[optind - 1]));
         if (letter == ':')
             throw BadOption(text("%.80s: its value is missing; see --help", argv[optind - 1]));
         apply_option(char(letter), optarg ? optarg : "");
@@ -185,8 +196,7 @@ static std::atomic<bool> is_ending{false};  // No more queries are taken.
 
 using Send = std::function<void(const Bytes& answer)>;  // the way back to a client
 
-// In the flags of a header, RFC 1035 4.1.1: QR, opcode, AA, TC, RD; then RA, Z, rcode.
-static int rcode_of(const Bytes& answer) { return answer[3] & 0x0f; }
+// In the flags of a header, RFC 1035 4.1.1: QR, opcode, AA, TC, RD.
 static bool is_truncated(const Bytes& answer) { return answer[2] & 0x02; }  // TC
 
 // Counts what became of a query, and prints its line, for example
@@ -369,8 +379,8 @@ struct Client {
     ~Client() { close(fd); }
 
     void answer(const Bytes& message) {
-        const Bytes framed = frame(message);
         std::lock_guard lock(writing);
+        const Bytes framed = frame(message);  // not before: those that wait need no copy
         const ssize_t sent = send(fd, framed.data(), framed.size(), MSG_NOSIGNAL);
         // It is gone, or did not take an answer in time.
         if (sent != ssize_t(framed.size())) shutdown(fd, SHUT_RDWR);
@@ -607,6 +617,10 @@ int main(int argc, char** argv) {
         sigset_t signals;
         sigemptyset(&signals);
         for (int signal : {SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGPIPE}) sigaddset(&signals, signal);
+        // nohup(1) has SIGHUP ignored. One that is blocked would not be.
+        struct sigaction hangup {};
+        sigaction(SIGHUP, nullptr, &hangup);
+        if (hangup.sa_handler == SIG_IGN) sigdelset(&signals, SIGHUP);
         pthread_sigmask(SIG_BLOCK, &signals, nullptr);
 
         save_memory();

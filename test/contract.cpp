@@ -98,6 +98,16 @@ TEST("contract.renegotiation_is_refused_and_does_not_hang") {
     CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
 }
 
+// RFC 9325 4.2. Before: AES128-SHA and others without forward secrecy were offered.
+TEST("contract.in_tls_1_2_weak_ciphers_are_not_offered") {
+    const std::string weak = "AES128-GCM-SHA256:AES128-SHA:ECDHE-ECDSA-AES128-SHA";
+    const std::string good = "ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-RSA-AES128-GCM-SHA256";
+    Pair with_weak({.max_version = TLS1_2_VERSION, .ciphers = weak}, {"-t", "1000"});
+    Pair with_good({.max_version = TLS1_2_VERSION, .ciphers = good});
+    CHECK_EQ(with_weak.proxy.ask(make_query("a.test")).rcode(), 2);
+    CHECK_EQ(with_good.proxy.ask(make_query("a.test")).rcode(), 0);
+}
+
 TEST("contract.tickets_past_their_lifetime_are_not_used") {
     for (bool late : {false, true}) {
         Pair p({.ticket_lifetime = 1, .delay_ms = 40}, {"-k", "0"});

@@ -412,6 +412,31 @@ TEST("field.slow_names_send_nobody_to_the_next_resolver") {
     }
 }
 
+// Nor do names that nobody can answer take the turns of the others, if there is one resolver alone.
+// Before: SERVFAIL for most of the others, as one query in 100 ms might ask.
+TEST("field.names_without_an_answer_do_not_hold_up_the_others") {
+    Pair p({}, {"-q"});
+    for (int i = 0; i < 5; i++) CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
+    Client client(SOCK_DGRAM, p.proxy.port);
+    std::atomic<bool> is_over{false};
+    std::thread others([&] {  // 25 a second
+        for (int i = 0; !is_over; i++) {
+            client.send(make_query("silent.test", 1, {}, i));
+            usleep(40000);
+        }
+    });
+    sleep(3);
+    int good = 0;
+    for (int i = 0; i < 10; i++) {
+        const auto answer = p.proxy.udp(make_query("b.test"));
+        good += answer && Answer(*answer).rcode() == 0;
+        usleep(300000);
+    }
+    is_over = true;
+    others.join();
+    CHECK_EQ(good, 10);
+}
+
 // Nor do such names teach the proxy to be patient with a resolver that hangs, or use up what it has
 // to leave it.
 // Before: SERVFAIL after 8 s for a third.

@@ -184,6 +184,8 @@ TEST("edns.extended_rcode_survives_or_becomes_servfail") {  // (45, 48)
         CHECK_EQ(with.rcode(), low);
         CHECK_EQ(p.proxy.ask(make_query(std::string("always") + name)).rcode(), 0);
     }
+    CHECK(p.proxy.prints("ANSWERED udp A BADVERS"));
+    CHECK(p.proxy.prints("ANSWERED udp A BADCOOKIE"));
 }
 
 TEST("edns.flags_and_errors_of_the_resolver_pass") {  // (51, 58)

@@ -436,6 +436,31 @@ TEST("operators.sighup_says_the_totals_and_ends_it") {
     }
 }
 
+TEST("operators.with_nohup_it_outlives_its_terminal") {
+    signal(SIGHUP, SIG_IGN);  // as nohup(1) does
+    Pair p;
+    signal(SIGHUP, SIG_DFL);
+    kill(p.proxy.pid(), SIGHUP);
+    sleep(1);
+    CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
+}
+
+// A laptop sleeps, a container is frozen, or somebody presses control-Z: what waits is interrupted.
+TEST("operators.when_it_was_stopped_and_goes_on_nobody_is_cut_off") {
+    Pair p({.handshake_ms = 500}, {"-k", "0", "-v"});
+    Client idle(SOCK_STREAM, p.proxy.port), busy(SOCK_DGRAM, p.proxy.port);
+    busy.send(make_query("a.test"));
+    usleep(200000);
+    kill(p.proxy.pid(), SIGSTOP);
+    usleep(100000);
+    kill(p.proxy.pid(), SIGCONT);
+    CHECK(busy.receive());
+    idle.send(make_query("b.test"));
+    const auto answer = idle.receive();
+    CHECK(answer);
+    CHECK_EQ(Answer(*answer).rcode(), 0);
+}
+
 // ---- Memory ------------------------------------------------------------------------------------
 
 static void limit_memory(pid_t pid, rlim_t octets) {

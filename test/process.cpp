@@ -153,6 +153,22 @@ TEST("options.bad_ones_end_with_exit_2_and_one_clear_line") {  // (67, 76, 79, 1
     }
 }
 
+TEST("options.a_bad_one_is_named") {
+    const std::pair<const char*, const char*> rows[] = {
+        {"-qx", "-x: there is no such option"},
+        {"-port 5300", "-p: there is no such option"},
+        {"-q --nonsense", "--nonsense: there is no such option"},
+        {"--quiet=yes", "--quiet=yes: this option takes no value"},
+        {"-q --user", "--user: its value is missing"},
+        {"-U 9999999999", "is not a number from 0 to 2147483647"},
+        {"-U 2147483647 -n 0", "'0' is not a number"}};
+    for (const auto& [row, what] : rows) {
+        std::string out;
+        program(row, out);
+        CHECK_WHY(out.find(what) != out.npos, std::string(row) + ": " + out);
+    }
+}
+
 TEST("options.port_in_use_ends_with_exit_1_and_the_way_out") {  // (119)
     Certificates certificates;
     for (int type : {SOCK_DGRAM, SOCK_STREAM}) {

@@ -429,6 +429,7 @@ SSL* Upstream::Shared::make_ssl(const Options& o) {
         SSL_set_min_proto_version(ssl, std::min(o.max_version, TLS1_2_VERSION));
         SSL_set_max_proto_version(ssl, o.max_version);
     }
+    if (!o.ciphers.empty()) SSL_set_cipher_list(ssl, o.ciphers.c_str());
     if (!o.groups.empty()) SSL_set1_groups_list(ssl, o.groups.c_str());
     return ssl;
 }

@@ -93,6 +93,7 @@ struct Options {
     int port = 0;                          // 0: any
     int min_version = 0, max_version = 0;  // of TLS, as OpenSSL has them; 0: its own choice
     std::string groups{};                  // of key exchange; empty: OpenSSL's
+    std::string ciphers{};                 // of TLS 1.2; empty: OpenSSL's
     std::string alpn = "dot";              // what it chooses; empty: none
     int tickets = 2;
     int ticket_lifetime = -1;  // seconds; -1: OpenSSL's
