@@ -265,6 +265,7 @@ enum RecordType : int {
     TYPE_SIG = 24,
     TYPE_AAAA = 28,
     TYPE_OPT = 41,
+    TYPE_TKEY = 249,
     TYPE_TSIG = 250,
     TYPE_IXFR = 251,
     TYPE_AXFR = 252,
@@ -1255,17 +1256,18 @@ public:
     // Called now and then while a try is late, for time is evidence too. If three tries are late
     // and nobody has had an answer since they began, it is one of three:
     // - A handshake is going on, and for `longest_handshake` none has succeeded: it is gone.
-    // - Half a second is over: it may shake hands, but it answers nobody. It is deaf.
+    // - `longest_answer` is over: it may shake hands, but it answers nobody. It is deaf.
     // - Else these names may take long, and it is well.
     // `longest_handshake`: how long one takes at most; nullopt: none is going on.
-    void judge_silence(std::optional<Duration> longest_handshake, const std::string& why) {
+    void judge_silence(std::optional<Duration> longest_handshake, Duration longest_answer,
+                       const std::string& why) {
         {
             Lock lock(mutex);
             if (lates < 3) return;
             const Time now = Clock::now();
             const Time last_sign = std::max(first_late, last_handshake);
             const bool is_gone = longest_handshake && now >= last_sign + *longest_handshake;
-            const bool is_long = now >= first_late + milliseconds(500);
+            const bool is_long = now >= first_late + longest_answer;
             if (!is_gone && !is_long) return;
             is_deaf = !is_gone;
         }
@@ -1478,7 +1480,7 @@ public:
     Transaction(std::shared_ptr<const Query> asked, std::function<void(const Outcome&)> finish)
         : query_owner(std::move(asked)),
           query(*query_owner),
-          is_repeatable(opcode_of(query.octets) == OPCODE_QUERY),
+          is_repeatable(opcode_of(query.octets) == OPCODE_QUERY && query.layout.type != TYPE_TKEY),
           finish(std::move(finish)),
           tries(upstreams.size()) {}
 
@@ -1511,8 +1513,21 @@ public:
     int begin_try() { return ++tries_begun; }
 
     // Whether a try need not go on: there is an answer, or three more tries have begun since, and
-    // not failed. That bounds the threads for each query.
-    bool is_overtaken(int number) const { return was_answered || tries_begun >= number + 3; }
+    // not failed. That bounds the threads for each query. But at each upstream the first one that
+    // has asked over a new connection stays: nobody is known to answer sooner.
+    bool is_overtaken(const Upstream& upstream, int number) {
+        if (was_answered) return true;
+        Lock lock(mutex);
+        const bool stays = tries[upstream.number].staying == number;
+        return !stays && tries_begun >= number + 3;
+    }
+
+    // A try has asked an upstream over a new connection.
+    void asks_anew(const Upstream& upstream, int number) {
+        Lock lock(mutex);
+        int& staying = tries[upstream.number].staying;
+        if (staying == 0) staying = number;
+    }
 
     // Which upstream to ask next; nullptr: none. Each may be asked three times for one query (RFC
     // 9520 3.1), and none a second time before every other that is well was asked. After a failure
@@ -1541,6 +1556,17 @@ public:
         return is_repeatable && one.closed == 0 && one.ready < most_ready;
     }
 
+    // A handshake is late. Some servers hang on a ticket, so the next one goes without.
+    void handshake_hangs(const Upstream& upstream) {
+        Lock lock(mutex);
+        tries[upstream.number].may_use_ticket = false;
+    }
+
+    bool may_use_ticket(const Upstream& upstream) {
+        Lock lock(mutex);
+        return tries[upstream.number].may_use_ticket;
+    }
+
     void note_ready(const Upstream& upstream) {
         Lock lock(mutex);
         tries[upstream.number].ready++;
@@ -1560,10 +1586,12 @@ public:
 
     // A try has failed. `is_try`: it counts as one of three. `is_refusal`: the upstream may have
     // closed the connection because of the query.
-    void failed(const Upstream& upstream, const Failure& failure, bool is_try, bool is_refusal) {
+    void failed(const Upstream& upstream, int number, const Failure& failure, bool is_try,
+                bool is_refusal) {
         Lock lock(mutex);
         Tries& one = tries[upstream.number];
         tries_begun--;
+        if (one.staying == number) one.staying = 0;
         if (!is_try) one.asked--;
         if (is_refusal) {
             one.closed++;
@@ -1584,6 +1612,8 @@ private:
         int asked = 0;   // how often it was asked
         int ready = 0;   // how many ready connections were used
         int closed = 0;  // how many connections were closed, perhaps because of this query
+        bool may_use_ticket = true;
+        int staying = 0;  // the number of the try that is not overtaken; 0: there is none
         Time not_before{};
         Duration pause = milliseconds(50);
     };
@@ -1598,26 +1628,29 @@ private:
     }
 
     // Of the upstreams that are well, the first in the user's order that was asked least; if none
-    // is well, of those that rest.
+    // is well, of those that rest. One that may not be asked now is left out.
     Upstream* choose() {
         Lock lock(mutex);
         bool is_anybody_well = false;
         for (const auto& upstream : upstreams)
             if (may_be_asked(*upstream) && upstream->health.is_well()) is_anybody_well = true;
 
-        Upstream* best = nullptr;
+        std::vector<Upstream*> candidates;
         for (const auto& upstream : upstreams) {
-            const Tries& one = tries[upstream->number];
-            if (!may_be_asked(*upstream) || Clock::now() < one.not_before) continue;
+            const Time not_before = tries[upstream->number].not_before;
+            if (!may_be_asked(*upstream) || Clock::now() < not_before) continue;
             if (is_anybody_well && !upstream->health.is_well()) continue;
-            if (!best || one.asked < tries[best->number].asked) best = upstream.get();
+            candidates.push_back(upstream.get());
         }
-        if (!best) return nullptr;
-        // If another query is just trying it, next_upstream() looks again in 20 ms.
-        const bool may_ask_it = best->health.claim(is_anybody_well);
-        if (!may_ask_it) return nullptr;
-        tries[best->number].asked++;
-        return best;
+        const auto how_often = [this](Upstream* one) { return tries[one->number].asked; };
+        std::ranges::stable_sort(candidates, {}, how_often);
+        for (Upstream* const one : candidates) {
+            const bool may_ask_it = one->health.claim(is_anybody_well);
+            if (!may_ask_it) continue;  // Another query is just trying it.
+            tries[one->number].asked++;
+            return one;
+        }
+        return nullptr;
     }
 
     void fail() {
@@ -1786,12 +1819,13 @@ public:
         if (stage == Failure::ASKED) stage = Failure::VERIFIED;
     }
 
-    void dial() {  // [4]
+    void dial(bool may_use_ticket = true) {  // [4]
         const Time begun = Clock::now();
         const auto going_on = upstream.dials.take();  // counts this one until it ends
         count("dialled");
         open_socket();
         set_up_tls();
+        if (may_use_ticket) offer_ticket();
         begin_step(2.5);  // late after 2.5 usual answers: TCP and TLS take one each
         persist([this] { return connect_socket(); });
         stage = Failure::CONNECTED;
@@ -1837,6 +1871,7 @@ public:
         // An answer to a new connection may wait behind tickets.
         begin_step(is_ready ? 1.25 : 3);
         stage = Failure::ASKED;
+        if (!is_ready) transaction->asks_anew(upstream, try_number);
         persist(
             [&] { return has_succeeded(SSL_write(ssl.get(), framed.data(), int(framed.size()))); });
     }
@@ -1885,6 +1920,7 @@ public:
     bool is_used = false;           // It has brought an answer before, with --reuse.
     Time opened{};                  // when it was verified, or was used last
     Time step_begun{};              // when it began to connect or sent its query
+    int try_number = 0;             // of the transaction that it works for
 
 private:
     // The octets that are read in one step, a handshake or an answer: at most as many as four
@@ -1911,7 +1947,9 @@ private:
         int* const chosen = std::ranges::find(groups, upstream.group.load());
         if (chosen != std::end(groups)) std::swap(groups[0], *chosen);
         SSL_set1_groups(ssl.get(), groups, std::size(groups));
+    }
 
+    void offer_ticket() {
         const Session ticket = upstream.tickets.take();
         if (!ticket) return;
         // A copy: SSL_connect() writes to it, and another thread may use the original.
@@ -1997,7 +2035,7 @@ private:
             ERR_clear_error();  // Another connection of this thread may have left an error.
             if (is_done()) return;
             if (octets_left == 0) throw failure(Failure::FAULT, "sent more than an answer can be");
-            if (transaction && transaction->is_overtaken(try_number))
+            if (transaction && transaction->is_overtaken(upstream, try_number))
                 throw failure(Failure::OVERTAKEN, "overtaken by other tries");
             if (Clock::now() >= deadline) throw failure(Failure::TIMEOUT, why_it_is_late());
             if (transaction && Clock::now() >= late_at) be_late();
@@ -2007,17 +2045,24 @@ private:
     // This step is late: tells so, and has another try begin. If that may not be now, this is
     // called again after 50 ms.
     void be_late() {
+        const Duration usual = upstream.usual_answer.get();
+        const Duration longest_answer = std::max<Duration>(3 * usual, milliseconds(500));
         std::optional<Duration> longest_handshake;
         // Twice as long as until a handshake is late.
         if (upstream.dials.in_use() > 0)
-            longest_handshake = std::clamp<Duration>(5 * upstream.usual_answer.get(),
-                                                     milliseconds(100), milliseconds(500));
+            longest_handshake = std::clamp<Duration>(5 * usual, milliseconds(100), longest_answer);
         if (!is_late) upstream.health.late(step_begun);
         is_late = true;
-        upstream.health.judge_silence(longest_handshake, why_it_is_late());
+        upstream.health.judge_silence(longest_handshake, longest_answer, why_it_is_late());
+        if (stage == Failure::CONNECTED) transaction->handshake_hangs(upstream);
+
         const bool is_very_late = Clock::now() >= very_late_at;
         has_raced = start_race(*transaction, upstream, is_very_late);
         late_at = has_raced ? Time::max() : Clock::now() + milliseconds(50);
+        if (!is_very_late || stage >= Failure::VERIFIED) return;
+        upstream.tickets.forget();  // One of them may be what it hangs on.
+        // What may be sent only once was not sent yet, so another one can be asked instead.
+        if (!transaction->is_repeatable) throw failure(Failure::TIMEOUT, why_it_is_late());
     }
 
     const char* why_it_is_late() const {
@@ -2155,7 +2200,6 @@ private:
     }
 
     Transaction* transaction = nullptr;  // which it works for
-    int try_number = 0;                  // of this transaction
     Time deadline = Clock::now() + milliseconds(settings.timeout);
     std::shared_ptr<SSL> ssl;
     int fd = -1;
@@ -2217,6 +2261,7 @@ void Stock::drop_dead() {
 void Stock::drop_older_than(Time time) {
     std::vector<std::shared_ptr<Connection>> dropped;
     Lock lock(mutex);
+    best_dial = seconds(10);  // After a change of networks another one is the best.
     while (!parked.empty() && parked.front()->opened < time) {
         dropped.push_back(std::move(parked.front()));
         parked.pop_front();
@@ -2273,12 +2318,17 @@ static bool start_race(Transaction& transaction, Upstream& upstream, bool is_ver
     return detach([shared] { carry(shared); });
 }
 
-// What a failure says of the upstream. What goes wrong after it was asked says more of the query's
-// name than of the upstream. Of a TIMEOUT be_late() has told its Health already.
-static void learn_from_failure(const Failure& failure, Upstream& upstream) {
+// What a failure says of the upstream. Of a TIMEOUT be_late() has told its Health already.
+static void learn_from_failure(const Failure& failure, Upstream& upstream,
+                               const Connection& connection) {
     if (failure.cause == Failure::LOCAL) upstream.health.pass_over(failure.why);
     if (failure.cause != Failure::CLOSED && failure.cause != Failure::FAULT) return;
-    if (failure.stage == Failure::ASKED) return;
+    if (failure.stage == Failure::ASKED) {
+        // That says more of the query's name than of the upstream, unless nobody has an answer.
+        upstream.health.late(connection.step_begun);
+        upstream.health.judge_silence(std::nullopt, milliseconds(500), failure.why);
+        return;
+    }
     upstream.stock.drop_dead();  // A resolver that has gone has closed these, too.
     if (failure.cause == Failure::CLOSED && upstream.open.in_use() > 0) {
         upstream.stock.refused();  // It serves others, and wants no more.
@@ -2298,7 +2348,12 @@ static void open_ahead(Upstream& upstream, const std::shared_ptr<Permit>& place)
         connection->place = place;
         upstream.stock.park(connection);
     } catch (const Failure& failure) {
-        learn_from_failure(failure, upstream);
+        // Too many open files, for example: then it is better to have fewer of these.
+        if (failure.cause == Failure::LOCAL) {
+            upstream.stock.refused();
+            return;
+        }
+        learn_from_failure(failure, upstream, *connection);
         if (failure.cause == Failure::TIMEOUT) upstream.health.at_fault(failure.why);
         // It was closed before it could be parked: like one that was closed soon after.
         if (failure.stage == Failure::VERIFIED) upstream.stock.died(Duration(0));
@@ -2356,8 +2411,8 @@ static void learn_from_answer(Transaction& transaction, Upstream& upstream,
 //   on one that has answered (--reuse)     no      no
 // a fault of the upstream, or the deadline yes     no
 static void note_failure(Transaction& transaction, Upstream& upstream, const Failure& failure,
-                         const Connection* connection) {
-    learn_from_failure(failure, upstream);
+                         const Connection& connection) {
+    learn_from_failure(failure, upstream, connection);
     bool is_try = true;
     bool is_refusal = false;
     if (failure.cause == Failure::LOCAL) is_try = false;
@@ -2365,10 +2420,10 @@ static void note_failure(Transaction& transaction, Upstream& upstream, const Fai
         const bool was_asked = failure.stage == Failure::ASKED;
         // A dial that was refused has asked nobody: it is repeated after a pause, until the
         // deadline. A ready connection may have been dead before.
-        is_try = was_asked && !connection->is_ready;
-        is_refusal = was_asked && !connection->is_used;
+        is_try = was_asked && !connection.is_ready;
+        is_refusal = was_asked && !connection.is_used;
     }
-    transaction.failed(upstream, failure, is_try, is_refusal);
+    transaction.failed(upstream, connection.try_number, failure, is_try, is_refusal);
 }
 
 // Takes a query from step [3] to step [8]: asks one upstream after the other until there is an
@@ -2398,7 +2453,7 @@ static void carry(const std::shared_ptr<Transaction>& transaction) {
             } else {
                 connection = std::make_shared<Connection>(*upstream);
                 connection->work_for(transaction.get());
-                connection->dial();
+                connection->dial(transaction->may_use_ticket(*upstream));
                 // If it closes this one only after the query was sent, the query is the reason.
                 if (transaction->was_closed_by(*upstream)) connection->settle();
             }
@@ -2429,7 +2484,7 @@ static void carry(const std::shared_ptr<Transaction>& transaction) {
             is_answered = true;
         } catch (const Failure& failure) {
             if (failure.cause == Failure::OVERTAKEN) break;
-            note_failure(*transaction, *upstream, failure, connection.get());
+            note_failure(*transaction, *upstream, failure, *connection);
         }
     }
     // If nobody answered, and this was the last thread to carry the transaction, its destructor

@@ -6,6 +6,7 @@
 // signals.
 #include <netinet/tcp.h>
 #include <pwd.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -609,6 +610,14 @@ static void wait_for_end(const sigset_t& signals) {
     _exit(0);  // No destructors: other threads still run, and would lose the ground under them.
 }
 
+// Each query takes a few open files. The usual limit, 1024, may be raised up to a hard one.
+static void allow_many_files() {
+    rlimit files{};
+    getrlimit(RLIMIT_NOFILE, &files);
+    files.rlim_cur = files.rlim_max;
+    setrlimit(RLIMIT_NOFILE, &files);
+}
+
 int main(int argc, char** argv) {
     try {
         parse_options(argc, argv);
@@ -623,6 +632,7 @@ int main(int argc, char** argv) {
         if (hangup.sa_handler == SIG_IGN) sigdelset(&signals, SIGHUP);
         pthread_sigmask(SIG_BLOCK, &signals, nullptr);
 
+        allow_many_files();
         save_memory();
         prepare();
         const std::vector<Listener> listeners = open_listeners();

@@ -412,6 +412,66 @@ TEST("field.slow_names_send_nobody_to_the_next_resolver") {
     }
 }
 
+// One resolver takes its time, and those after it accept and say nothing.
+// Before: SERVFAIL after 4 s. Each try at the slow one gave way to later ones at the silent ones.
+TEST("field.a_slow_answer_is_waited_for_while_others_hang") {
+    Certificates certificates;
+    Upstream slow_one(certificates, {.delay_ms = 1200});
+    std::vector<std::unique_ptr<Upstream>> silent;
+    std::vector<std::string> specs{slow_one.spec()};
+    for (int i = 0; i < 3; i++) {
+        silent.push_back(
+            std::make_unique<Upstream>(certificates, Options{.accept = Options::Hang}));
+        specs.push_back(silent.back()->spec());
+    }
+    Proxy proxy(certificates, specs);
+    for (int i = 0; i < 3; i++) CHECK_EQ(proxy.ask(make_query("a.test")).rcode(), 0);
+}
+
+// All four addresses of a resolver take long for a name.
+// Before: SERVFAIL after 4 s.
+TEST("field.a_name_that_takes_long_everywhere_is_answered") {
+    Certificates certificates;
+    std::vector<std::unique_ptr<Upstream>> all;
+    std::vector<std::string> specs;
+    for (int i = 0; i < 4; i++) {
+        all.push_back(std::make_unique<Upstream>(certificates, Options{.delay_ms = 2500}));
+        specs.push_back(all.back()->spec());
+    }
+    Proxy proxy(certificates, specs);
+    const auto start = Clock::now();
+    CHECK_EQ(proxy.ask(make_query("a.test")).rcode(), 0);
+    CHECK_WHY(since(start) < 3.5, std::to_string(since(start)));
+}
+
+// The first resolver is gone, and somebody asks the other one for names that it has no answer to.
+// Before: SERVFAIL for most of the others, as all of them stood in line for the first.
+TEST("field.a_dead_neighbour_and_names_without_an_answer_hold_nobody_up") {
+    Certificates certificates;
+    Upstream good(certificates);
+    Proxy proxy(certificates, {"127.0.0.1@" + std::to_string(free_port()) + name, good.spec()},
+                {"-q"});
+    for (int i = 0; i < 5; i++) CHECK_EQ(proxy.ask(make_query("a.test")).rcode(), 0);
+    Client client(SOCK_DGRAM, proxy.port);
+    std::atomic<bool> is_over{false};
+    std::thread others([&] {  // 25 a second
+        for (int i = 0; !is_over; i++) {
+            client.send(make_query("silent.test", 1, {}, i));
+            usleep(40000);
+        }
+    });
+    sleep(3);
+    int good_answers = 0;
+    for (int i = 0; i < 10; i++) {
+        const auto answer = proxy.udp(make_query("b.test"));
+        good_answers += answer && Answer(*answer).rcode() == 0;
+        usleep(300000);
+    }
+    is_over = true;
+    others.join();
+    CHECK_EQ(good_answers, 10);
+}
+
 // Nor do names that nobody can answer take the turns of the others, if there is one resolver alone.
 // Before: SERVFAIL for most of the others, as one query in 100 ms might ask.
 TEST("field.names_without_an_answer_do_not_hold_up_the_others") {
@@ -516,6 +576,27 @@ TEST("field.an_update_that_was_not_sent_goes_to_the_next_resolver") {
     }
 }
 
+// The same while a dial hangs.
+// Before: SERVFAIL after 4 s, and the next resolver was never asked.
+TEST("field.an_update_does_not_wait_for_a_dial_that_hangs") {
+    for (int opcode : {notify, update}) {
+        Certificates certificates;
+        Upstream hangs(certificates, {.accept = Options::Hang}), good(certificates);
+        Proxy proxy(certificates, {hangs.spec(), good.spec()});
+        CHECK_EQ(proxy.ask(make_query("u.test", 6, {}, 1, opcode)).rcode(), 0);
+        CHECK_EQ(asked(good, "u"), 1);
+    }
+}
+
+// RFC 2930: TKEY changes what the server knows, so it is sent once.
+TEST("field.tkey_is_sent_once") {
+    constexpr int tkey = 249;
+    Pair p;
+    for (int i = 0; i < 5; i++) CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
+    CHECK_EQ(p.proxy.ask(make_query("slow300.test", tkey)).rcode(), 0);
+    CHECK_EQ(asked(p.upstream, "slow300"), 1);
+}
+
 // ---- What a resolver refuses -------------------------------------------------------------------
 
 // RFC 5246 7.2.2: a session that ended in a fatal alert is not to be resumed. There are
@@ -533,6 +614,35 @@ TEST("field.a_ticket_that_is_met_with_an_alert_is_forgotten") {
             CHECK_WHY(since(start) < 2 * slow, std::to_string(since(start)));
         }
     }
+}
+
+// Before: every query SERVFAIL in TLS 1.2, and some forty in TLS 1.3.
+TEST("field.a_ticket_that_is_met_with_silence_is_not_offered_again") {
+    for (int version : {TLS1_2_VERSION, TLS1_3_VERSION}) {
+        Pair p({.max_version = version, .tickets = 8}, {"-k", "0"});
+        for (int i = 0; i < 2; i++) CHECK_EQ(p.proxy.ask(make_query("a.test")).rcode(), 0);
+        CHECK(p.upstream.seen().resumed >= 1);
+        p.upstream.set({.max_version = version, .tickets = 8, .hang_ticket = true});
+        for (int i = 0; i < 5; i++) CHECK_EQ(p.proxy.ask(make_query("b.test")).rcode(), 0);
+    }
+}
+
+// A terminator of TLS before a server that is gone: it shakes hands, and closes upon each query.
+// Before: each query asked it first, for ever.
+TEST("field.a_resolver_that_closes_upon_every_query_is_asked_last") {
+    Certificates certificates;
+    Upstream first(certificates, {.refuses = [](const Octets&) { return true; }});
+    Upstream next(certificates);
+    Proxy proxy(certificates, {first.spec(), next.spec()});
+    for (int i = 0; i < 12; i++) {
+        CHECK_EQ(proxy.ask(make_query("a.test")).rcode(), 0);
+        usleep(100000);
+    }
+    CHECK(proxy.prints("asked last until it answers"));
+    const size_t before = first.seen().queries.size();
+    for (int i = 0; i < 12; i++) CHECK_EQ(proxy.ask(make_query("b.test")).rcode(), 0);
+    const size_t after = first.seen().queries.size();
+    CHECK_WHY(after - before <= 2, std::to_string(after - before));
 }
 
 // A query with records in its answer section, at which unbound closes the connection.

@@ -407,8 +407,9 @@ SSL* Upstream::Shared::make_ssl(const Options& o) {
                     const size_t length = std::min<size_t>(size - 4, data[2] << 8 | data[3]);
                     shared.seen.tickets.emplace_back(data + 4, data + 4 + length);
                 }
-                if (!shared.options.alert_ticket || !offers_ticket(ssl))
-                    return SSL_CLIENT_HELLO_SUCCESS;
+                if (!offers_ticket(ssl)) return SSL_CLIENT_HELLO_SUCCESS;
+                if (shared.options.hang_ticket) return SSL_CLIENT_HELLO_RETRY;
+                if (!shared.options.alert_ticket) return SSL_CLIENT_HELLO_SUCCESS;
                 *alert = SSL_AD_HANDSHAKE_FAILURE;
                 return SSL_CLIENT_HELLO_ERROR;
             },
@@ -752,7 +753,14 @@ void Upstream::Shared::serve(int fd, int number, const Options& o) {
     if (!o.unasked.empty() && o.unasked_when == Options::WithHandshake) say_early(ssl, o.unasked);
     // None at all if none is asked for: it would change how the other end acknowledges.
     if (o.handshake_ms > 0) usleep(1000 * unsigned(o.handshake_ms));
-    if (SSL_accept(ssl) == 1) {
+    const int accepted = SSL_accept(ssl);
+    // It hangs on the hello, until the client gives up.
+    if (SSL_get_error(ssl, accepted) == SSL_ERROR_WANT_CLIENT_HELLO_CB) {
+        char octet;
+        while (recv(fd, &octet, 1, 0) > 0) {
+        }
+    }
+    if (accepted == 1) {
         {
             std::lock_guard lock(mutex);
             seen.handshakes++;

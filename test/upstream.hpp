@@ -106,6 +106,7 @@ struct Options {
     int answers = 0;     // after which it closes a connection; 0: it does not
     int reset_each = 0;  // so many'th connection; 0: none
     bool alert_ticket = false;  // meets a hello that offers a ticket with an alert
+    bool hang_ticket = false;   // or with silence
     std::function<bool(const Octets&)>
         refuses{};  // queries that it meets by closing the connection
 
