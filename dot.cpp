@@ -2318,17 +2318,12 @@ static bool start_race(Transaction& transaction, Upstream& upstream, bool is_ver
     return detach([shared] { carry(shared); });
 }
 
-// What a failure says of the upstream. Of a TIMEOUT be_late() has told its Health already.
-static void learn_from_failure(const Failure& failure, Upstream& upstream,
-                               const Connection& connection) {
+// What a failure says of the upstream. What goes wrong after it was asked says more of the query's
+// name than of the upstream. Of a TIMEOUT be_late() has told its Health already.
+static void learn_from_failure(const Failure& failure, Upstream& upstream) {
     if (failure.cause == Failure::LOCAL) upstream.health.pass_over(failure.why);
     if (failure.cause != Failure::CLOSED && failure.cause != Failure::FAULT) return;
-    if (failure.stage == Failure::ASKED) {
-        // That says more of the query's name than of the upstream, unless nobody has an answer.
-        upstream.health.late(connection.step_begun);
-        upstream.health.judge_silence(std::nullopt, milliseconds(500), failure.why);
-        return;
-    }
+    if (failure.stage == Failure::ASKED) return;
     upstream.stock.drop_dead();  // A resolver that has gone has closed these, too.
     if (failure.cause == Failure::CLOSED && upstream.open.in_use() > 0) {
         upstream.stock.refused();  // It serves others, and wants no more.
@@ -2353,7 +2348,7 @@ static void open_ahead(Upstream& upstream, const std::shared_ptr<Permit>& place)
             upstream.stock.refused();
             return;
         }
-        learn_from_failure(failure, upstream, *connection);
+        learn_from_failure(failure, upstream);
         if (failure.cause == Failure::TIMEOUT) upstream.health.at_fault(failure.why);
         // It was closed before it could be parked: like one that was closed soon after.
         if (failure.stage == Failure::VERIFIED) upstream.stock.died(Duration(0));
@@ -2398,6 +2393,12 @@ static void learn_from_answer(Transaction& transaction, Upstream& upstream,
         // did: so those that are as old are dead. It is so after a change of networks.
         upstream.stock.drop_older_than(connection.opened);
     }
+    // Now it is known that the query was not the reason why others closed connections.
+    for (const auto& other : upstreams) {
+        if (other.get() == &upstream || !transaction.was_closed_by(*other)) continue;
+        other->health.late(transaction.query.taken);
+        other->health.judge_silence(std::nullopt, milliseconds(500), "closes upon every query");
+    }
 }
 
 // A try has failed. Whose fault is it, and does it count as one of three?
@@ -2412,7 +2413,7 @@ static void learn_from_answer(Transaction& transaction, Upstream& upstream,
 // a fault of the upstream, or the deadline yes     no
 static void note_failure(Transaction& transaction, Upstream& upstream, const Failure& failure,
                          const Connection& connection) {
-    learn_from_failure(failure, upstream, connection);
+    learn_from_failure(failure, upstream);
     bool is_try = true;
     bool is_refusal = false;
     if (failure.cause == Failure::LOCAL) is_try = false;
