@@ -30,7 +30,8 @@ static std::mutex printing;
 
 void say(std::string line) {
     line += '\n';
-    // A pipe takes a short line in one piece, so that no lock is needed. With -vv lines are longer.
+    // A pipe takes a short line in one piece, so that no lock is needed, and a slow reader holds up
+    // only who writes. With -vv lines are longer.
     std::unique_lock<std::mutex> lock(printing, std::defer_lock);
     if (settings.verbose >= 2) lock.lock();
     const ssize_t written = write(STDOUT_FILENO, line.data(), line.size());
@@ -116,14 +117,17 @@ static std::string advice_on_address(const std::string& from) {
     const bool is_number = from.find_first_not_of("0123456789") == from.npos;
     if (is_number && !from.empty()) return "a port follows an address: write 127.0.0.1@" + from;
 
-    // "127.0.0.1:53", "[::1]:53", "[::1]@53" or "[::1]". Of "[::1]:53" the host is "::1", and the
-    // rest is ":53".
-    std::string host = from.substr(0, from.rfind(':'));
-    std::string rest = from.substr(host.size());
+    std::string host;
+    std::string rest;
     if (from.starts_with('[')) {
+        // "[::1]:53", "[::1]@53" or "[::1]": the host is "::1", the rest ":53", "@53" or "".
         const size_t bracket = std::min(from.find(']'), from.size());
         host = from.substr(1, bracket - 1);
         rest = from.substr(std::min(bracket + 1, from.size()));
+    } else {
+        // "127.0.0.1:53"
+        host = from.substr(0, from.rfind(':'));
+        rest = from.substr(host.size());
     }
     if (!rest.empty()) rest[0] = '@';
     if (is_ip_address(host)) return "write the address as " + host + rest;
@@ -431,7 +435,7 @@ public:
                 return pointer;
             }
             size += 1 + size_t(length);
-            // A pointer where none may be is more than 63 as well.
+            // This is no label: of an unknown kind, or a pointer where none may be.
             if (length > 63 || size >= longest_name)
                 throw Malformed{"a name or record does not parse"};
         }
@@ -683,7 +687,7 @@ void Query::tell(int step, const std::string& what, const Bytes& message) const 
         const size_t size = message.size();
         // Over TLS, and to and from a TCP client, a message has its length before it.
         if (tcp || step == 5 || step == 6)
-            // In the columns of annotate(): the octets begin behind 42 characters.
+            // In the columns of annotate(), which begins the octets behind 42 characters.
             line += text("\n        %-42s%02zx %02zx", "length", size >> 8, size & 0xff);
         line += annotate(message);
     }
@@ -699,7 +703,8 @@ static bool asks_for_resolver_arpa(const Query& query) {
     if (query.layout.question_end < header_size + wanted.size() + 4) return false;
     const size_t name_end = query.layout.question_end - 4;  // Type and class follow.
     size_t at = header_size;
-    while (at + wanted.size() < name_end) at += 1 + q[at];  // from label to label
+    // From label to label, until as many octets are left as are wanted.
+    while (at + wanted.size() < name_end) at += 1 + q[at];
     if (at + wanted.size() != name_end) return false;
     return std::equal(wanted.begin(), wanted.end(), &q[at], equals_without_case);
 }
@@ -793,7 +798,7 @@ static std::optional<Bytes> replace_opt(Bytes m, const Layout& layout, const Byt
     constexpr size_t pointer_bits = 0x3fff;  // where it points, in 14 bits
     const size_t new_end = layout.opt + record.size();
     std::vector<size_t> pointers;
-    // If nothing comes behind it, nothing moves. Pointers lead back, so none leads into it.
+    // With nothing behind it nothing moves. And pointers lead only back, so none leads into it.
     if (layout.opt_end < m.size()) pointers = find_pointers(m, layout);
     for (size_t pointer : pointers) {
         const size_t target = size_t(get16(m, pointer)) & pointer_bits;
@@ -836,8 +841,8 @@ static std::optional<Bytes> replace_options(const Bytes& m, const Layout& layout
 Bytes pad(const Query& query) {  // [3]
     const Bytes& q = query.octets;
     const Layout& layout = query.layout;
-    // RFC 8945 5.5: what is signed travels as it is. Behind octets that no section counts, nobody
-    // would find an OPT record.
+    // RFC 8945 5.5: what is signed travels as it is. And if octets follow the last record, an OPT
+    // record behind them would not be found.
     if (layout.is_signed || layout.end != q.size()) return q;
 
     // The size without padding: the query, its OPT record written anew, an empty padding option.
@@ -972,17 +977,21 @@ Bytes truncated_reply(const Query& query) { return reply_with(query, FLAG_TC, {}
 
 // ---- Streams -----------------------------------------------------------------------------------
 
+// Fills `octets`. Returns false if it cannot.
+static bool receive(int fd, Bytes& octets) {
+    ssize_t got = 0;
+    do {
+        got = recv(fd, octets.data(), octets.size(), MSG_WAITALL);
+    } while (got < 0 && errno == EINTR);  // The process was stopped, and goes on.
+    return got == ssize_t(octets.size());
+}
+
 std::optional<Bytes> read_frame(int fd) {  // [1]
     Bytes length(2);
-    ssize_t begun = 0;
-    do {
-        begun = recv(fd, length.data(), 2, MSG_WAITALL);
-    } while (begun < 0 && errno == EINTR);  // The process was stopped, and goes on.
-    if (begun != 2) return std::nullopt;
+    if (!receive(fd, length)) return std::nullopt;
     Bytes message(size_t(get16(length, 0)));
     if (message.empty()) return std::nullopt;
-    const ssize_t got = recv(fd, message.data(), message.size(), MSG_WAITALL);
-    if (got != ssize_t(message.size())) return std::nullopt;
+    if (!receive(fd, message)) return std::nullopt;
     return message;
 }
 
@@ -1086,7 +1095,9 @@ size_t Permits::get_most() {
 
 void Permits::set_most(size_t number) {
     Lock lock(mutex);
-    most = number;  // Nobody is woken: only a stock changes it, and for its places nobody waits.
+    // Nobody is woken: main() does this before anybody waits, and nobody waits for a stock's
+    // places.
+    most = number;
 }
 
 // ---- Upstreams ---------------------------------------------------------------------------------
@@ -1189,16 +1200,18 @@ public:
         return Clock::now() >= rests_until && !is_deaf;
     }
 
-    // Called before a query asks it. Returns false if it must not be asked now. One that is well
-    // may always be asked. One that is at fault may be tried by one query when its rest is over;
-    // or, if nobody is well, by one in 100 ms. If nobody is well and it is deaf, it may be asked:
-    // perhaps it only takes long for some names, and all others must not wait for those.
+    // Called before a query asks it. Returns false if it must not be asked now:
+    // - It is well: it may be asked.
+    // - It rests, and another one is well: that one is asked.
+    // - It rests, and nobody is well: one query in 100 ms may try it. If it is deaf all may, as it
+    //   perhaps only takes long for some names, and others must not wait for those.
+    // - Its rest is over: one query may try it.
     bool claim(bool is_anybody_well) {
         Lock lock(mutex);
         const Time now = Clock::now();
         const bool is_resting = now < rests_until;
         if (rests == 0 && !is_resting) return true;
-        if (is_resting && is_anybody_well) return false;  // The other one is asked.
+        if (is_resting && is_anybody_well) return false;
         if (is_resting && !is_deaf && now < asked_at + milliseconds(100)) return false;
         // The next rest begins at once, so that no second query tries it. recover() ends it.
         if (!is_resting) begin_rest(now);
@@ -1235,7 +1248,7 @@ public:
         {
             Lock lock(mutex);
             const Time now = Clock::now();
-            // Of what happened here, such as a missing route, it has no rests: see pass_over().
+            // A rest that pass_over() has given it is not counted in `rests`.
             const bool is_known = rests > 0 && now < rests_until;
             if (is_known) return;
             is_first = rests == 0;
@@ -1253,12 +1266,12 @@ public:
         lates++;
     }
 
-    // Called now and then while a try is late, for time is evidence too. If three tries are late
-    // and nobody has had an answer since they began, it is one of three:
-    // - A handshake is going on, and for `longest_handshake` none has succeeded: it is gone.
-    // - `longest_answer` is over: it may shake hands, but it answers nobody. It is deaf.
-    // - Else these names may take long, and it is well.
-    // `longest_handshake`: how long one takes at most; nullopt: none is going on.
+    // Called now and then while a try is late, for time is evidence too. Three tries are late, and
+    // nobody has had an answer since they began. Then the upstream is one of these:
+    // - Gone: a handshake is going on, and for `longest_handshake` none has succeeded.
+    // - Deaf: `longest_answer` is over. It may shake hands, but it answers nobody.
+    // - Well: neither is true, and these names may take long.
+    // `longest_handshake` is how long one takes at most; nullopt: none is going on.
     void judge_silence(std::optional<Duration> longest_handshake, Duration longest_answer,
                        const std::string& why) {
         {
@@ -1297,7 +1310,8 @@ private:
 
     bool recover() {
         const bool was_at_fault = rests > 0;
-        // A handshake of one that was well is no answer, so its late tries still count.
+        // If it was well this may be only a handshake. That is no answer, so late tries still
+        // count.
         if (was_at_fault) lates = 0;
         rests = 0;
         is_deaf = false;
@@ -1382,8 +1396,8 @@ public:
         if (usual >= 3 * best_dial + milliseconds(5)) halve_once_in(usual);
     }
 
-    // The resolver has refused a connection while it served others.
-    void refused() {
+    // The resolver has refused a connection while it served others, or this machine has no room.
+    void shrink() {
         const Duration usual = usual_dial.get();
         Lock lock(mutex);
         halve_once_in(usual);
@@ -1410,7 +1424,8 @@ private:
         const Time now = Clock::now();
         if (now < halved_at + time) return;
         halved_at = now;
-        // Half of what is there: there may be room for many more, and to halve that is no relief.
+        // Half of the connections, not of the places: many places may be empty, and to halve their
+        // number is no relief.
         const size_t half = std::min(places.get_most(), places.in_use()) / 2;
         const size_t least = most > 0 ? 1 : 0;
         places.set_most(std::max(half, least));
@@ -1508,22 +1523,21 @@ public:
         return message;
     }
 
-    // A try begins. Returns its number, for is_overtaken(): how many have begun and not
-    // failed, with this one.
-    int begin_try() { return ++tries_begun; }
+    // A try begins. Returns its number, for is_overtaken(): how many are alive, with this one.
+    int begin_try() { return ++tries_alive; }
 
-    // Whether a try need not go on: there is an answer, or three more tries have begun since, and
-    // not failed. That bounds the threads for each query. But at each upstream the first one that
-    // has asked over a new connection stays: nobody is known to answer sooner.
+    // Whether a try need not go on: there is an answer, or three more tries are alive than when it
+    // began. That bounds the threads for each query. But at each upstream the first one that has
+    // asked over a new connection stays: a later one would have its answer later.
     bool is_overtaken(const Upstream& upstream, int number) {
         if (was_answered) return true;
         Lock lock(mutex);
         const bool stays = tries[upstream.number].staying == number;
-        return !stays && tries_begun >= number + 3;
+        return !stays && tries_alive >= number + 3;
     }
 
     // A try has asked an upstream over a new connection.
-    void asks_anew(const Upstream& upstream, int number) {
+    void asks_over_new_connection(const Upstream& upstream, int number) {
         Lock lock(mutex);
         int& staying = tries[upstream.number].staying;
         if (staying == 0) staying = number;
@@ -1590,7 +1604,7 @@ public:
                 bool is_refusal) {
         Lock lock(mutex);
         Tries& one = tries[upstream.number];
-        tries_begun--;
+        tries_alive--;
         if (one.staying == number) one.staying = 0;
         if (!is_try) one.asked--;
         if (is_refusal) {
@@ -1621,7 +1635,7 @@ private:
     bool may_be_asked(const Upstream& upstream) const {
         if (was_sent && !is_repeatable) return false;
         // If two connections were closed upon this query, it is what they refuse to answer: nobody
-        // is asked twice. (A failure over a ready connection is not in `asked`: see
+        // who was asked is asked again. (Closed ready connections are not in `asked`: see
         // note_failure().)
         const int most = closed_by_all >= 2 ? 1 : 3;
         return tries[upstream.number].asked < most;
@@ -1642,6 +1656,7 @@ private:
             if (is_anybody_well && !upstream->health.is_well()) continue;
             candidates.push_back(upstream.get());
         }
+        // those that were asked least before the others, and else in the user's order
         const auto how_often = [this](Upstream* one) { return tries[one->number].asked; };
         std::ranges::stable_sort(candidates, {}, how_often);
         for (Upstream* const one : candidates) {
@@ -1680,7 +1695,7 @@ private:
     std::function<void(const Outcome&)> finish;
     std::once_flag is_padded;
     Bytes message;
-    std::atomic<int> tries_begun{0};  // without those that have failed
+    std::atomic<int> tries_alive{0};  // those that have begun and not failed
     std::atomic<bool> was_answered{false};
     std::atomic<bool> was_sent{false};
     std::mutex mutex;          // guards what follows
@@ -1691,7 +1706,7 @@ private:
 };
 
 // A try is late. Has another thread carry the transaction to the next upstream as well. Returns
-// false if that may not or cannot be now: then the caller asks again after a while.
+// false if no race is allowed or possible now: then the caller asks again after a while.
 static bool start_race(Transaction& transaction, Upstream& upstream, bool is_very_late);
 
 // ---- TLS ---------------------------------------------------------------------------------------
@@ -1764,7 +1779,7 @@ void prepare() {
         upstreams.push_back(std::make_unique<Upstream>(peer, upstreams.size()));
     tls = SSL_CTX_new(TLS_client_method());
     SSL_CTX_set_min_proto_version(tls, TLS1_2_VERSION);  // RFC 9325 3.1.1
-    // For TLS 1.2, RFC 9325 4.2: forward secrecy, and encryption that protects what it encrypts.
+    // For TLS 1.2, RFC 9325 4.2: forward secrecy, and authenticated encryption (AEAD).
     SSL_CTX_set_cipher_list(tls, "ECDHE+AESGCM:ECDHE+CHACHA20");
     SSL_CTX_set_options(tls, SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION);
     SSL_CTX_set_verify(tls, SSL_VERIFY_PEER, nullptr);
@@ -1844,9 +1859,9 @@ public:
         opened = Clock::now();
     }
 
-    // Waits for the tickets that follow a handshake. What comes after them and before a query can
-    // only be the end. Nothing tells which ticket is the last, so this takes one and a half times
-    // as long as an answer.
+    // Waits for the tickets that follow a handshake, always just so long. What comes after them and
+    // before a query can only be the end. Nothing tells which ticket is the last, so this takes one
+    // and a half times as long as an answer.
     void settle() {
         const Duration wait = upstream.usual_answer.get() * 3 / 2;
         const Time until =
@@ -1868,10 +1883,10 @@ public:
 
     // [5] RFC 7858 3.3: the length and the message leave together, in one record.
     void write(const Bytes& framed) {
-        // An answer to a new connection may wait behind tickets.
+        // An answer over a new connection may wait behind tickets.
         begin_step(is_ready ? 1.25 : 3);
         stage = Failure::ASKED;
-        if (!is_ready) transaction->asks_anew(upstream, try_number);
+        if (!is_ready) transaction->asks_over_new_connection(upstream, try_number);
         persist(
             [&] { return has_succeeded(SSL_write(ssl.get(), framed.data(), int(framed.size()))); });
     }
@@ -1899,7 +1914,7 @@ public:
                text("%d-%02d-%02d", 1900 + end.tm_year, 1 + end.tm_mon, end.tm_mday);
     }
 
-    // Ends the connection. Returns the failure, to be thrown.
+    // Marks the connection as failed. Returns the failure, to be thrown.
     Failure failure(Failure::Cause cause, const std::string& why) {
         has_failed = true;
         open_permit = nullptr;
@@ -1924,7 +1939,7 @@ public:
 
 private:
     // The octets that are read in one step, a handshake or an answer: at most as many as four
-    // messages.
+    // messages, which leaves room for tickets.
     static constexpr size_t most_octets = 4 * longest_message;
 
     void open_socket() {
@@ -2048,7 +2063,7 @@ private:
         const Duration usual = upstream.usual_answer.get();
         const Duration longest_answer = std::max<Duration>(3 * usual, milliseconds(500));
         std::optional<Duration> longest_handshake;
-        // Twice as long as until a handshake is late.
+        // Twice as long as until a handshake is late. Anybody's dial counts, not only this one.
         if (upstream.dials.in_use() > 0)
             longest_handshake = std::clamp<Duration>(5 * usual, milliseconds(100), longest_answer);
         if (!is_late) upstream.health.late(step_begun);
@@ -2187,7 +2202,8 @@ private:
         return recv(fd, &octet, 1, MSG_PEEK | MSG_DONTWAIT) < 0 && errno == EAGAIN;
     }
 
-    // Whether nothing comes until then but tickets, which OpenSSL takes.
+    // Whether nothing comes until then but tickets. OpenSSL takes these, and goes on reading until
+    // on_io() makes it give up.
     bool is_quiet(Time until) {
         uint8_t octet;
         wake_at = until;
@@ -2222,7 +2238,7 @@ static Time opened_at(const std::shared_ptr<Connection>& connection) { return co
 // first.
 void Stock::park(std::shared_ptr<Connection> connection) {
     Lock lock(mutex);
-    // the first one that was opened later
+    // Its place is before the first one that was opened later.
     const auto next = std::ranges::upper_bound(parked, connection->opened, {}, opened_at);
     parked.insert(next, std::move(connection));
 }
@@ -2319,14 +2335,14 @@ static bool start_race(Transaction& transaction, Upstream& upstream, bool is_ver
 }
 
 // What a failure says of the upstream. What goes wrong after it was asked says more of the query's
-// name than of the upstream. Of a TIMEOUT be_late() has told its Health already.
+// name than of the upstream. A TIMEOUT is not here: be_late() has told Health.
 static void learn_from_failure(const Failure& failure, Upstream& upstream) {
     if (failure.cause == Failure::LOCAL) upstream.health.pass_over(failure.why);
     if (failure.cause != Failure::CLOSED && failure.cause != Failure::FAULT) return;
     if (failure.stage == Failure::ASKED) return;
     upstream.stock.drop_dead();  // A resolver that has gone has closed these, too.
     if (failure.cause == Failure::CLOSED && upstream.open.in_use() > 0) {
-        upstream.stock.refused();  // It serves others, and wants no more.
+        upstream.stock.shrink();  // It serves others, and wants no more.
     } else {
         upstream.health.at_fault(failure.why);
     }
@@ -2345,10 +2361,11 @@ static void open_ahead(Upstream& upstream, const std::shared_ptr<Permit>& place)
     } catch (const Failure& failure) {
         // Too many open files, for example: then it is better to have fewer of these.
         if (failure.cause == Failure::LOCAL) {
-            upstream.stock.refused();
+            upstream.stock.shrink();
             return;
         }
         learn_from_failure(failure, upstream);
+        // Here be_late() was not called: there is no transaction.
         if (failure.cause == Failure::TIMEOUT) upstream.health.at_fault(failure.why);
         // It was closed before it could be parked: like one that was closed soon after.
         if (failure.stage == Failure::VERIFIED) upstream.stock.died(Duration(0));
@@ -2393,7 +2410,8 @@ static void learn_from_answer(Transaction& transaction, Upstream& upstream,
         // did: so those that are as old are dead. It is so after a change of networks.
         upstream.stock.drop_older_than(connection.opened);
     }
-    // Now it is known that the query was not the reason why others closed connections.
+    // Others have closed connections upon this query, and now it is known that it was not the
+    // reason. That counts as a late try: after three of these they rest.
     for (const auto& other : upstreams) {
         if (other.get() == &upstream || !transaction.was_closed_by(*other)) continue;
         other->health.late(transaction.query.taken);
@@ -2525,7 +2543,9 @@ static void keep_upstreams_warm() {
         if (have < wanted && stock.may_dial()) place = stock.reserve();
         // In a thread of its own: a resolver that says nothing would hold up the others. One that
         // was at fault is tried by one connection at a time.
-        if (place && upstream->health.claim(true)) open_ahead_in_thread(*upstream, place);
+        constexpr bool is_anybody_well = true;
+        if (place && upstream->health.claim(is_anybody_well))
+            open_ahead_in_thread(*upstream, place);
         wanted = std::max(wanted, have);  // for the next upstream
     }
 }

@@ -31,7 +31,8 @@
 // Reading order: this file; dot.cpp (how a query travels); main.cpp (how the program runs).
 //
 // Errors: before the first thread starts, functions throw. While the program serves, a function of
-// this file that can fail returns std::nullopt or false. Where an error is ignored, the reason is
+// this file that can fail returns std::nullopt or false. (Inside dot.cpp a try that comes to
+// nothing throws a Failure, which carry() catches.) Where an error is ignored, the reason is
 // on the line.
 #pragma once
 
@@ -167,7 +168,8 @@ struct Layout {
 };
 Layout parse(const Bytes& message);
 
-// The rcode of a message, with the upper bits that its OPT record adds (RFC 6891 6.1.3).
+// The rcode of a message that parses, with the upper bits that its OPT record adds (RFC
+// 6891 6.1.3).
 int rcode_of(const Bytes& message);
 
 // Describes a message for people, a line for each field: its name, its meaning, its octets.
@@ -210,7 +212,7 @@ struct Verdict {
 // - It has more than one question: FORMERR (RFC 9619 4).
 // - It asks for a zone transfer, AXFR or IXFR: NOTIMP.
 // - It asks for resolver.arpa or a name below it: NOERROR (RFC 9462 6.1).
-// All others are forwarded. A verdict without an answer has NOERROR, which nobody reads.
+// All others are forwarded. Where the verdict is not `answer`, nobody reads its rcode.
 Verdict judge(const Query& query);
 
 // [3] Returns the query, which parses, padded to the next multiple of 128 octets (RFC 8467 4.1),

@@ -148,9 +148,10 @@ static void refuse_to_listen_twice() {
     }
 }
 
-// What is wrong with a word that getopt(3) did not take. `optopt` is the letter that it met: of
-// "-qx" it is 'x'. It is 0 if there is no such word, and a known letter if the word has a value
-// that it does not take.
+// What is wrong with a word that getopt(3) did not take. It says so in `optopt`:
+// - an unknown letter, of "-qx" the 'x';
+// - the letter of an option that takes no value, though the word has one: "--quiet=yes";
+// - 0: there is no such word.
 static std::string complaint_about(const std::string& word) {
     const auto is_met = [](const OptionRow& row) { return row.letter == optopt; };
     if (std::ranges::any_of(option_rows(), is_met))
@@ -381,7 +382,7 @@ struct Client {
 
     void answer(const Bytes& message) {
         std::lock_guard lock(writing);
-        const Bytes framed = frame(message);  // not before: those that wait need no copy
+        const Bytes framed = frame(message);  // under the lock: those that wait hold no copy
         const ssize_t sent = send(fd, framed.data(), framed.size(), MSG_NOSIGNAL);
         // It is gone, or did not take an answer in time.
         if (sent != ssize_t(framed.size())) shutdown(fd, SHUT_RDWR);
@@ -518,6 +519,7 @@ static std::vector<Listener> open_listeners() {
                     strerror(error));
             continue;
         }
+        // "::1:53" is a good address, and hardly what was meant.
         if (!address.is_v4() && !is_own_address(address))
             fprintf(stderr,
                     "dot-proxy: warning: %s is not an address of this host yet; a port is written "
@@ -626,7 +628,7 @@ int main(int argc, char** argv) {
         sigset_t signals;
         sigemptyset(&signals);
         for (int signal : {SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGPIPE}) sigaddset(&signals, signal);
-        // nohup(1) has SIGHUP ignored. One that is blocked would not be.
+        // With nohup(1) SIGHUP is ignored, and stays so: sigwait() would take one that is blocked.
         struct sigaction hangup {};
         sigaction(SIGHUP, nullptr, &hangup);
         if (hangup.sa_handler == SIG_IGN) sigdelset(&signals, SIGHUP);
