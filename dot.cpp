@@ -1834,13 +1834,13 @@ public:
         if (stage == Failure::ASKED) stage = Failure::VERIFIED;
     }
 
-    void dial(bool may_use_ticket = true) {  // [4]
+    void dial() {  // [4]
         const Time begun = Clock::now();
         const auto going_on = upstream.dials.take();  // counts this one until it ends
         count("dialled");
         open_socket();
         set_up_tls();
-        if (may_use_ticket) offer_ticket();
+        if (!transaction || transaction->may_use_ticket(upstream)) offer_ticket();
         begin_step(2.5);  // late after 2.5 usual answers: TCP and TLS take one each
         persist([this] { return connect_socket(); });
         stage = Failure::CONNECTED;
@@ -2335,9 +2335,9 @@ static bool start_race(Transaction& transaction, Upstream& upstream, bool is_ver
 }
 
 // What a failure says of the upstream. What goes wrong after it was asked says more of the query's
-// name than of the upstream. A TIMEOUT is not here: be_late() has told Health.
+// name than of the upstream. A TIMEOUT is not here: be_late() has told Health. Nor is what is
+// LOCAL, which says nothing of it.
 static void learn_from_failure(const Failure& failure, Upstream& upstream) {
-    if (failure.cause == Failure::LOCAL) upstream.health.pass_over(failure.why);
     if (failure.cause != Failure::CLOSED && failure.cause != Failure::FAULT) return;
     if (failure.stage == Failure::ASKED) return;
     upstream.stock.drop_dead();  // A resolver that has gone has closed these, too.
@@ -2360,10 +2360,7 @@ static void open_ahead(Upstream& upstream, const std::shared_ptr<Permit>& place)
         upstream.stock.park(connection);
     } catch (const Failure& failure) {
         // Too many open files, for example: then it is better to have fewer of these.
-        if (failure.cause == Failure::LOCAL) {
-            upstream.stock.shrink();
-            return;
-        }
+        if (failure.cause == Failure::LOCAL) upstream.stock.shrink();
         learn_from_failure(failure, upstream);
         // Here be_late() was not called: there is no transaction.
         if (failure.cause == Failure::TIMEOUT) upstream.health.at_fault(failure.why);
@@ -2434,7 +2431,10 @@ static void note_failure(Transaction& transaction, Upstream& upstream, const Fai
     learn_from_failure(failure, upstream);
     bool is_try = true;
     bool is_refusal = false;
-    if (failure.cause == Failure::LOCAL) is_try = false;
+    if (failure.cause == Failure::LOCAL) {
+        upstream.health.pass_over(failure.why);
+        is_try = false;
+    }
     if (failure.cause == Failure::CLOSED) {
         const bool was_asked = failure.stage == Failure::ASKED;
         // A dial that was refused has asked nobody: it is repeated after a pause, until the
@@ -2472,7 +2472,7 @@ static void carry(const std::shared_ptr<Transaction>& transaction) {
             } else {
                 connection = std::make_shared<Connection>(*upstream);
                 connection->work_for(transaction.get());
-                connection->dial(transaction->may_use_ticket(*upstream));
+                connection->dial();
                 // If it closes this one only after the query was sent, the query is the reason.
                 if (transaction->was_closed_by(*upstream)) connection->settle();
             }
