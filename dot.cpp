@@ -21,6 +21,7 @@
 #include <filesystem>
 #include <map>
 #include <mutex>
+#include <set>
 #include <thread>
 
 using Lock = std::lock_guard<std::mutex>;
@@ -30,8 +31,8 @@ static std::mutex printing;
 
 void say(std::string line) {
     line += '\n';
-    // A pipe takes a short line in one piece, so that no lock is needed, and a slow reader holds up
-    // only who writes. With -vv lines are longer.
+    // A pipe takes a short line in one piece (POSIX: up to PIPE_BUF octets), so lines do not mix.
+    // With -vv lines are longer. Then one thread prints at a time.
     std::unique_lock<std::mutex> lock(printing, std::defer_lock);
     if (settings.verbose >= 2) lock.lock();
     const ssize_t written = write(STDOUT_FILENO, line.data(), line.size());
@@ -121,9 +122,9 @@ static std::string advice_on_address(const std::string& from) {
     std::string rest;
     if (from.starts_with('[')) {
         // "[::1]:53", "[::1]@53" or "[::1]": the host is "::1", the rest ":53", "@53" or "".
-        const size_t bracket = std::min(from.find(']'), from.size());
+        const size_t bracket = from.find(']');
         host = from.substr(1, bracket - 1);
-        rest = from.substr(std::min(bracket + 1, from.size()));
+        if (bracket != from.npos) rest = from.substr(bracket + 1);
     } else {
         // "127.0.0.1:53"
         host = from.substr(0, from.rfind(':'));
@@ -564,7 +565,7 @@ static std::string name_in_words(const Bytes& m, size_t at) {
         const size_t end = std::min(at + 1 + m[at], m.size());
         if (name.size() > longest_name) return name + "?";
         if (!name.empty()) name += '.';
-        name.append(m.begin() + long(at) + 1, m.begin() + long(end));
+        for (size_t i = at + 1; i < end; i++) name += char(m[i]);
         at = end;
     }
     return name.empty() ? "." : name;
@@ -798,7 +799,7 @@ static std::optional<Bytes> replace_opt(Bytes m, const Layout& layout, const Byt
     constexpr size_t pointer_bits = 0x3fff;  // where it points, in 14 bits
     const size_t new_end = layout.opt + record.size();
     std::vector<size_t> pointers;
-    // With nothing behind it nothing moves. And pointers lead only back, so none leads into it.
+    // If nothing comes behind it, nothing moves. Nor can a pointer lead into it: all lead back.
     if (layout.opt_end < m.size()) pointers = find_pointers(m, layout);
     for (size_t pointer : pointers) {
         const size_t target = size_t(get16(m, pointer)) & pointer_bits;
@@ -1008,9 +1009,10 @@ std::string host_of(const Address& client) {
     return client.bits().substr(0, 1 + 64);  // An IPv4 address has only 32 bits: all of them.
 }
 
-// With --rate 10 a host has a bucket of ten queries, which is refilled by one each 100 ms. All
-// there is to remember is when the bucket will be full. Each query puts that off by 100 ms. After
-// ten queries at once it is a second away: the bucket is empty, and the eleventh is refused.
+// With --rate 10 a host has a bucket of ten queries, which is refilled by one each 100 ms. All that
+// is kept is the time when the bucket will be full again. Each query moves it on by 100 ms, since
+// that is how long it takes to refill. When the time is a second away, the bucket is empty: after
+// ten queries at once the eleventh is refused.
 bool over_rate(const Address& client, bool tcp) {
     static std::mutex mutex;  // guards `full_at`
     static std::map<std::string, Time> full_at;
@@ -1095,8 +1097,7 @@ size_t Permits::get_most() {
 
 void Permits::set_most(size_t number) {
     Lock lock(mutex);
-    // Nobody is woken: main() does this before anybody waits, and nobody waits for a stock's
-    // places.
+    // Nobody is woken: this is not called while anybody waits.
     most = number;
 }
 
@@ -1184,10 +1185,14 @@ private:
 //
 // `rests` counts its rests in a row, and `rests_until` is when the present one ends. A deaf
 // upstream shakes hands and answers nobody: only an answer ends its rests.
+//
+// What this machine cannot reach, for want of a route for example, is passed over for a second.
+// That is nobody's fault and not counted in `rests`.
 class Health {
 public:
     explicit Health(std::string address) : address(std::move(address)) {}
 
+    // Whether it does not rest. When its rest is over it counts as well until a query tries it.
     bool is_well() {
         Lock lock(mutex);
         return Clock::now() >= rests_until;
@@ -1201,20 +1206,23 @@ public:
     }
 
     // Called before a query asks it. Returns false if it must not be asked now:
-    // - It is well: it may be asked.
-    // - It rests, and another one is well: that one is asked.
-    // - It rests, and nobody is well: one query in 100 ms may try it. If it is deaf all may, as it
-    //   perhaps only takes long for some names, and others must not wait for those.
-    // - Its rest is over: one query may try it.
+    // - It does not rest, and was at no fault: it may be asked.
+    // - Its rest is over: one query may try it. Its next rest begins at once, so that others do not
+    //   try it too. If it answers, recover() ends that rest.
+    // - It rests, and another upstream is well: that one is asked.
+    // - It rests, and no upstream is well: one query in 100 ms may try it. If it is deaf all may:
+    //   perhaps it only takes long for some names, and others must not wait for those.
     bool claim(bool is_anybody_well) {
         Lock lock(mutex);
         const Time now = Clock::now();
         const bool is_resting = now < rests_until;
-        if (rests == 0 && !is_resting) return true;
-        if (is_resting && is_anybody_well) return false;
-        if (is_resting && !is_deaf && now < asked_at + milliseconds(100)) return false;
-        // The next rest begins at once, so that no second query tries it. recover() ends it.
-        if (!is_resting) begin_rest(now);
+        if (!is_resting && rests == 0) return true;
+        if (!is_resting) {
+            begin_rest(now);
+            return true;
+        }
+        if (is_anybody_well) return false;
+        if (!is_deaf && now < asked_at + milliseconds(100)) return false;
         asked_at = now;
         return true;
     }
@@ -1244,17 +1252,12 @@ public:
 
     // It could not be reached, or could not prove who it is, or answers nobody.
     void at_fault(const std::string& why) {
-        bool is_first = false;
+        bool is_news = false;
         {
             Lock lock(mutex);
-            const Time now = Clock::now();
-            // A rest that pass_over() has given it is not counted in `rests`.
-            const bool is_known = rests > 0 && now < rests_until;
-            if (is_known) return;
-            is_first = rests == 0;
-            begin_rest(now);
+            is_news = note_fault();
         }
-        if (is_first) say("UPSTREAM " + address + " " + why + ": asked last until it answers");
+        if (is_news) tell_fault(why);
     }
 
     // A try that began at that time is late. The name may be the reason, so one late try is no
@@ -1266,25 +1269,34 @@ public:
         lates++;
     }
 
-    // Called now and then while a try is late, for time is evidence too. Three tries are late, and
-    // nobody has had an answer since they began. Then the upstream is one of these:
-    // - Gone: a handshake is going on, and for `longest_handshake` none has succeeded.
-    // - Deaf: `longest_answer` is over. It may shake hands, but it answers nobody.
-    // - Well: neither is true, and these names may take long.
-    // `longest_handshake` is how long one takes at most; nullopt: none is going on.
-    void judge_silence(std::optional<Duration> longest_handshake, Duration longest_answer,
-                       const std::string& why) {
+    // The next two are called now and then while tries are late, for time is evidence too. One or
+    // two late tries may be the fault of their names.
+
+    // Is it gone? It is if no handshake has succeeded for so long. Called while one is going on.
+    // Returns whether it is gone.
+    bool judge_handshakes(Duration longest, const std::string& why) {
+        bool is_news = false;
         {
             Lock lock(mutex);
-            if (lates < 3) return;
-            const Time now = Clock::now();
             const Time last_sign = std::max(first_late, last_handshake);
-            const bool is_gone = longest_handshake && now >= last_sign + *longest_handshake;
-            const bool is_long = now >= first_late + longest_answer;
-            if (!is_gone && !is_long) return;
-            is_deaf = !is_gone;
+            if (lates < 3 || Clock::now() < last_sign + longest) return false;
+            is_deaf = false;
+            is_news = note_fault();
         }
-        at_fault(why);
+        if (is_news) tell_fault(why);
+        return true;
+    }
+
+    // Is it deaf? It is if nobody has had an answer for so long. It may shake hands.
+    void judge_answers(Duration longest, const std::string& why) {
+        bool is_news = false;
+        {
+            Lock lock(mutex);
+            if (lates < 3 || Clock::now() < first_late + longest) return;
+            is_deaf = true;
+            is_news = note_fault();
+        }
+        if (is_news) tell_fault(why);
     }
 
     // It cannot be asked for a reason on this machine, such as a missing route.
@@ -1308,11 +1320,23 @@ private:
         rests++;
     }
 
+    // Returns whether it was at no fault before. If it rests for one, it rests on.
+    bool note_fault() {
+        const Time now = Clock::now();
+        const bool rests_for_a_fault = rests > 0 && now < rests_until;
+        if (rests_for_a_fault) return false;
+        begin_rest(now);
+        return rests == 1;
+    }
+
+    void tell_fault(const std::string& why) {
+        say("UPSTREAM " + address + " " + why + ": asked last until it answers");
+    }
+
+    // Returns whether it was at fault before.
     bool recover() {
         const bool was_at_fault = rests > 0;
-        // If it was well this may be only a handshake. That is no answer, so late tries still
-        // count.
-        if (was_at_fault) lates = 0;
+        if (was_at_fault) lates = 0;  // After a fault it starts anew.
         rests = 0;
         is_deaf = false;
         is_out_of_reach = false;
@@ -1354,10 +1378,11 @@ public:
 
     size_t size() { return places.in_use(); }  // with those that are being opened
 
-    // Whether more are being opened than wait: queries take them faster than they are opened.
+    // Whether fewer connections are parked than are being opened. Then queries take them faster
+    // than they can be opened.
     bool is_low() {
         Lock lock(mutex);
-        // A connection that waits keeps its place until it is taken.
+        // Both kinds have a place.
         const size_t being_opened = places.in_use() - parked.size();
         return parked.size() < being_opened;
     }
@@ -1372,8 +1397,8 @@ public:
         return last_use >= time;
     }
 
-    // A ready connection has brought an answer. After as many as there are places, there is one
-    // more.
+    // A ready connection has brought an answer. Each time as many have done so as there are places,
+    // the stock gets one place more.
     void used() {
         Lock lock(mutex);
         last_use = Clock::now();
@@ -1473,7 +1498,7 @@ static SSL_CTX* tls;
 // open_ahead().
 struct Failure {
     enum Cause {
-        OVERTAKEN,  // another try has brought the answer, or three others have begun
+        OVERTAKEN,  // other tries go on without this one: see is_overtaken()
         LOCAL,      // something on this machine, such as no route or too many open files
         TIMEOUT,    // the deadline
         CLOSED,     // the other end refused, reset or closed the connection
@@ -1487,15 +1512,33 @@ struct Failure {
 
 static std::atomic<bool> somebody_answered{false};  // since the program began
 
+// Whether a query may be sent twice. One that only asks may. An UPDATE changes something, and so
+// does a query of type TKEY: it makes a key (RFC 2930).
+static bool may_be_repeated(const Query& query) {
+    return opcode_of(query.octets) == OPCODE_QUERY && query.layout.type != TYPE_TKEY;
+}
+
 // A query and its answer. The threads that carry it share it, and nobody else holds it. The first
 // good answer is the client's; if the last thread lets go and there was none, the client gets
 // SERVFAIL. So every query that was taken has one answer, whatever happens.
 class Transaction : public std::enable_shared_from_this<Transaction> {
+    // How one upstream was tried for this query.
+    struct Tries {
+        int asked = 0;    // how often it was asked
+        int ready = 0;    // how many ready connections were used
+        int closed = 0;   // how many connections were closed, perhaps because of this query
+        int staying = 0;  // the number of the try that is not overtaken; 0: there is none
+        bool may_use_ticket = true;
+        Time not_before{};                  // when it may be asked again
+        Duration pause = milliseconds(50);  // after the next failure
+    };
+    static constexpr int most_ready = 2;
+
 public:
     Transaction(std::shared_ptr<const Query> asked, std::function<void(const Outcome&)> finish)
         : query_owner(std::move(asked)),
           query(*query_owner),
-          is_repeatable(opcode_of(query.octets) == OPCODE_QUERY && query.layout.type != TYPE_TKEY),
+          is_repeatable(may_be_repeated(query)),
           finish(std::move(finish)),
           tries(upstreams.size()) {}
 
@@ -1523,17 +1566,31 @@ public:
         return message;
     }
 
-    // A try begins. Returns its number, for is_overtaken(): how many are alive, with this one.
-    int begin_try() { return ++tries_alive; }
+    // A try begins. Returns its number: the first one is 1.
+    int begin_try() {
+        Lock lock(mutex);
+        tries_begun++;
+        going_on.insert(tries_begun);
+        return tries_begun;
+    }
 
-    // Whether a try need not go on: there is an answer, or three more tries are alive than when it
-    // began. That bounds the threads for each query. But at each upstream the first one that has
-    // asked over a new connection stays: a later one would have its answer later.
+    // A try is over, without an answer.
+    void end_try(const Upstream& upstream, int number) {
+        Lock lock(mutex);
+        int& staying = tries[upstream.number].staying;
+        if (staying == number) staying = 0;
+        going_on.erase(number);
+    }
+
+    // Whether a try need not go on: there is an answer, or three later tries are going on. That
+    // bounds the threads for each query. But at each upstream the first try that has asked over a
+    // new connection stays: a later one would have its answer later.
     bool is_overtaken(const Upstream& upstream, int number) {
         if (was_answered) return true;
         Lock lock(mutex);
         const bool stays = tries[upstream.number].staying == number;
-        return !stays && tries_alive >= number + 3;
+        const auto later_ones = std::distance(going_on.upper_bound(number), going_on.end());
+        return !stays && later_ones >= 3;
     }
 
     // A try has asked an upstream over a new connection.
@@ -1600,12 +1657,9 @@ public:
 
     // A try has failed. `is_try`: it counts as one of three. `is_refusal`: the upstream may have
     // closed the connection because of the query.
-    void failed(const Upstream& upstream, int number, const Failure& failure, bool is_try,
-                bool is_refusal) {
+    void failed(const Upstream& upstream, const Failure& failure, bool is_try, bool is_refusal) {
         Lock lock(mutex);
         Tries& one = tries[upstream.number];
-        tries_alive--;
-        if (one.staying == number) one.staying = 0;
         if (!is_try) one.asked--;
         if (is_refusal) {
             one.closed++;
@@ -1620,23 +1674,10 @@ public:
     }
 
 private:
-    static constexpr int most_ready = 2;
-
-    struct Tries {
-        int asked = 0;   // how often it was asked
-        int ready = 0;   // how many ready connections were used
-        int closed = 0;  // how many connections were closed, perhaps because of this query
-        bool may_use_ticket = true;
-        int staying = 0;  // the number of the try that is not overtaken; 0: there is none
-        Time not_before{};
-        Duration pause = milliseconds(50);
-    };
-
     bool may_be_asked(const Upstream& upstream) const {
         if (was_sent && !is_repeatable) return false;
-        // If two connections were closed upon this query, it is what they refuse to answer: nobody
-        // who was asked is asked again. (Closed ready connections are not in `asked`: see
-        // note_failure().)
+        // If two connections were closed upon this query, it may be what they refuse to answer.
+        // Then only those are asked that were not yet asked over a new connection.
         const int most = closed_by_all >= 2 ? 1 : 3;
         return tries[upstream.number].asked < most;
     }
@@ -1656,9 +1697,11 @@ private:
             if (is_anybody_well && !upstream->health.is_well()) continue;
             candidates.push_back(upstream.get());
         }
-        // those that were asked least before the others, and else in the user's order
-        const auto how_often = [this](Upstream* one) { return tries[one->number].asked; };
-        std::ranges::stable_sort(candidates, {}, how_often);
+        // Those that were asked less often come first. The others keep the user's order.
+        const auto was_asked_less = [this](const Upstream* one, const Upstream* other) {
+            return tries[one->number].asked < tries[other->number].asked;
+        };
+        std::ranges::stable_sort(candidates, was_asked_less);
         for (Upstream* const one : candidates) {
             const bool may_ask_it = one->health.claim(is_anybody_well);
             if (!may_ask_it) continue;  // Another query is just trying it.
@@ -1695,12 +1738,13 @@ private:
     std::function<void(const Outcome&)> finish;
     std::once_flag is_padded;
     Bytes message;
-    std::atomic<int> tries_alive{0};  // those that have begun and not failed
     std::atomic<bool> was_answered{false};
     std::atomic<bool> was_sent{false};
     std::mutex mutex;          // guards what follows
     std::vector<Tries> tries;  // one for each upstream
-    int closed_by_all = 0;     // how many connections, by any of them
+    int tries_begun = 0;
+    std::set<int> going_on;  // the numbers of these tries
+    int closed_by_all = 0;   // how many connections were closed, by all upstreams together
     Failure::Stage furthest = Failure::NOWHERE;
     std::string reason = "nobody could be asked in time";
 };
@@ -1859,9 +1903,9 @@ public:
         opened = Clock::now();
     }
 
-    // Waits for the tickets that follow a handshake, always just so long. What comes after them and
-    // before a query can only be the end. Nothing tells which ticket is the last, so this takes one
-    // and a half times as long as an answer.
+    // Waits for the tickets that follow a handshake. Nothing tells which of them is the last, so
+    // this waits for one and a half times as long as an answer takes, whatever comes. Throws a
+    // Failure if the other end closes the connection meanwhile.
     void settle() {
         const Duration wait = upstream.usual_answer.get() * 3 / 2;
         const Time until =
@@ -1874,9 +1918,9 @@ public:
     // Takes what is there, and does not wait for more.
     bool is_alive() {
         if (is_nothing_there() && !SSL_has_pending(ssl.get())) return true;
-        // may_read() refuses a read that would wait, so seconds(1) is only a bound.
-        may_wait = false;
-        const bool is_good = is_quiet(Clock::now() + seconds(1));
+        may_wait = false;  // With this on_io() refuses each read(2) that would wait.
+        const Time bound = Clock::now() + seconds(1);
+        const bool is_good = is_quiet(bound);
         may_wait = true;
         return is_good;
     }
@@ -1951,7 +1995,7 @@ private:
     void set_up_tls() {
         if (!ssl || !SSL_set_fd(ssl.get(), fd)) throw failure(Failure::LOCAL, "no memory left");
         SSL_set_app_data(ssl.get(), &upstream);  // for on_ticket()
-        // SSL_set_fd() has made one BIO for both directions.
+        // OpenSSL uses a socket by way of a BIO. SSL_set_fd() has made one for both directions.
         BIO_set_callback_ex(SSL_get_rbio(ssl.get()), on_io);
         BIO_set_callback_arg(SSL_get_rbio(ssl.get()), reinterpret_cast<char*>(this));
         if (!set_name() || !set_pins()) throw failure(Failure::LOCAL, "no memory left");
@@ -1984,9 +2028,10 @@ private:
                SSL_set_tlsext_host_name(ssl.get(), name);
     }
 
-    // RFC 7858 4.2: one of the pins must be the SHA-256 of a key in the verified chain. OpenSSL
-    // does it as for TLSA records (RFC 6698 2.1). Their usage says whose key, and with these two
-    // the certificate must be good in the ordinary way as well.
+    // RFC 7858 4.2: one of the pins must be the SHA-256 of a key in the verified chain. OpenSSL has
+    // this for TLSA records (RFC 6698 2.1), whose three numbers say whose key it is, what is
+    // compared and how. Each pin may be the server's key or an authority's. In both cases the
+    // certificate must be good in the ordinary way as well.
     bool set_pins() {
         constexpr uint8_t key_of_authority = 0;  // PKIX-TA
         constexpr uint8_t key_of_server = 1;     // PKIX-EE
@@ -2057,27 +2102,38 @@ private:
         }
     }
 
-    // This step is late: tells so, and has another try begin. If that may not be now, this is
-    // called again after 50 ms.
+    // This step is late: has another try begin. If that may not be now, this is called again after
+    // 50 ms.
     void be_late() {
-        const Duration usual = upstream.usual_answer.get();
-        const Duration longest_answer = std::max<Duration>(3 * usual, milliseconds(500));
-        std::optional<Duration> longest_handshake;
-        // Twice as long as until a handshake is late. Anybody's dial counts, not only this one.
-        if (upstream.dials.in_use() > 0)
-            longest_handshake = std::clamp<Duration>(5 * usual, milliseconds(100), longest_answer);
-        if (!is_late) upstream.health.late(step_begun);
-        is_late = true;
-        upstream.health.judge_silence(longest_handshake, longest_answer, why_it_is_late());
+        tell_health();
         if (stage == Failure::CONNECTED) transaction->handshake_hangs(upstream);
-
         const bool is_very_late = Clock::now() >= very_late_at;
         has_raced = start_race(*transaction, upstream, is_very_late);
         late_at = has_raced ? Time::max() : Clock::now() + milliseconds(50);
-        if (!is_very_late || stage >= Failure::VERIFIED) return;
-        upstream.tickets.forget();  // One of them may be what it hangs on.
+
+        const bool is_connecting = stage < Failure::VERIFIED;
+        if (!is_very_late || !is_connecting) return;
+        if (stage == Failure::CONNECTED) upstream.tickets.forget();  // It may hang on one of them.
         // What may be sent only once was not sent yet, so another one can be asked instead.
         if (!transaction->is_repeatable) throw failure(Failure::TIMEOUT, why_it_is_late());
+    }
+
+    // This step is late: has Health judge whether that is the upstream's fault.
+    void tell_health() {
+        Health& health = upstream.health;
+        if (!is_late) health.late(step_begun);
+        is_late = true;
+
+        const Duration usual = upstream.usual_answer.get();
+        const Duration longest_answer = std::max<Duration>(3 * usual, milliseconds(500));
+        // A handshake is late after 2.5 usual answers. This is twice that.
+        const Duration longest_handshake =
+            std::clamp<Duration>(5 * usual, milliseconds(100), longest_answer);
+        const bool does_anybody_dial = upstream.dials.in_use() > 0;
+        bool is_gone = false;
+        if (does_anybody_dial)
+            is_gone = health.judge_handshakes(longest_handshake, why_it_is_late());
+        if (!is_gone) health.judge_answers(longest_answer, why_it_is_late());
     }
 
     const char* why_it_is_late() const {
@@ -2086,9 +2142,10 @@ private:
         return "no answer in time";
     }
 
-    // OpenSSL calls this before each read(2) and write(2), and after it (BIO_CB_RETURN), with the
-    // result and the number of octets: see BIO_set_callback_ex(3). If this returns -1 before, the
-    // call is not made. "Retry" tells OpenSSL that it is as if the call had to wait.
+    // OpenSSL calls this before each read(2) and write(2), and once more after it: `what` then has
+    // BIO_CB_RETURN as well (see BIO_set_callback_ex(3)). After a read(2) `octets` is how many
+    // came. What this returns takes the place of `result`. Before a call that is 1, which lets the
+    // call be made. If this returns -1 it is not made; "retry" says that it would have to wait.
     static long on_io(BIO* bio, int what, const char*, size_t, int, long, int result,
                       size_t* octets) {
         Connection& own = *reinterpret_cast<Connection*>(BIO_get_callback_arg(bio));
@@ -2202,8 +2259,8 @@ private:
         return recv(fd, &octet, 1, MSG_PEEK | MSG_DONTWAIT) < 0 && errno == EAGAIN;
     }
 
-    // Whether nothing comes until then but tickets. OpenSSL takes these, and goes on reading until
-    // on_io() makes it give up.
+    // Whether the other end sends nothing but tickets until then. OpenSSL takes these, and goes on
+    // reading until on_io() makes it give up.
     bool is_quiet(Time until) {
         uint8_t octet;
         wake_at = until;
@@ -2227,7 +2284,7 @@ private:
     bool is_late = false;              // This step is.
     bool has_raced = false;            // Another try was begun, as this one is late.
     Time late_at = Time::max();        // when this step is late
-    Time very_late_at = Time::max();   // when a race for it is free
+    Time very_late_at = Time::max();   // when it is so late that a race needs no budget
     Time wake_at{};                    // when a call that waits gives up
     size_t octets_left = most_octets;  // that may be read in this step
 };
@@ -2407,12 +2464,12 @@ static void learn_from_answer(Transaction& transaction, Upstream& upstream,
         // did: so those that are as old are dead. It is so after a change of networks.
         upstream.stock.drop_older_than(connection.opened);
     }
-    // Others have closed connections upon this query, and now it is known that it was not the
-    // reason. That counts as a late try: after three of these they rest.
+    // Others have closed connections upon this query. It was not the reason, as it has been
+    // answered now. So they count as late: after three such queries they are deaf.
     for (const auto& other : upstreams) {
         if (other.get() == &upstream || !transaction.was_closed_by(*other)) continue;
         other->health.late(transaction.query.taken);
-        other->health.judge_silence(std::nullopt, milliseconds(500), "closes upon every query");
+        other->health.judge_answers(milliseconds(500), "closes upon every query");
     }
 }
 
@@ -2442,7 +2499,7 @@ static void note_failure(Transaction& transaction, Upstream& upstream, const Fai
         is_try = was_asked && !connection.is_ready;
         is_refusal = was_asked && !connection.is_used;
     }
-    transaction.failed(upstream, connection.try_number, failure, is_try, is_refusal);
+    transaction.failed(upstream, failure, is_try, is_refusal);
 }
 
 // Takes a query from step [3] to step [8]: asks one upstream after the other until there is an
@@ -2473,7 +2530,7 @@ static void carry(const std::shared_ptr<Transaction>& transaction) {
                 connection = std::make_shared<Connection>(*upstream);
                 connection->work_for(transaction.get());
                 connection->dial();
-                // If it closes this one only after the query was sent, the query is the reason.
+                // It has closed one upon this query. Does it close all, even unused? Wait and see.
                 if (transaction->was_closed_by(*upstream)) connection->settle();
             }
             if (settings.verbose) connection->tell(4, connection->how_verified());
@@ -2502,6 +2559,7 @@ static void carry(const std::shared_ptr<Transaction>& transaction) {
                                  .detail = upstream->name + " " + connection->how()});
             is_answered = true;
         } catch (const Failure& failure) {
+            transaction->end_try(*upstream, connection->try_number);
             if (failure.cause == Failure::OVERTAKEN) break;
             note_failure(*transaction, *upstream, failure, *connection);
         }

@@ -16,10 +16,11 @@
 //     |           | <-------- | [8] answer, or cut it (TC)|       |       |
 //     +-----------+           +---------------------------+       +-------+
 //
-// One thread waits at each UDP socket, and one for each TCP client: for steps [1] and [2]. A query
-// that is to be forwarded gets a thread of its own, which takes it through steps [3] to [8] and
-// waits for one thing at a time: every socket blocks. If its resolver is late, the query gets a
-// second thread.
+// One thread waits at each UDP socket, one at each TCP socket for new clients, and one for each of
+// these clients: for steps [1] and [2]. A query that is to be forwarded gets a thread of its own,
+// which takes it through steps [3] to [8] and waits for one thing at a time: every socket blocks.
+// If its resolver is late, the query gets a second thread, which asks another resolver or tries
+// another connection.
 //
 // Each query has a TLS connection to itself (unless --reuse is given). That costs a round trip for
 // TCP, one for TLS and one for the answer, so a thread that has answered opens the next connection
@@ -31,9 +32,9 @@
 // Reading order: this file; dot.cpp (how a query travels); main.cpp (how the program runs).
 //
 // Errors: before the first thread starts, functions throw. While the program serves, a function of
-// this file that can fail returns std::nullopt or false. (Inside dot.cpp a try that comes to
-// nothing throws a Failure, which carry() catches.) Where an error is ignored, the reason is
-// on the line.
+// this file that can fail returns std::nullopt, nullptr or false. (Inside dot.cpp a try that comes
+// to nothing throws a Failure, which carry() catches.) Where an error is ignored, the reason is on
+// the line.
 #pragma once
 
 #include <netinet/in.h>
@@ -42,6 +43,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <cstdio>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -107,8 +109,8 @@ std::string parse_network(const std::string& from);
 struct Peer {
     Address address;
     std::string name;  // A host name or IP address in its certificate's SAN (RFC 8310 8.1).
-    std::vector<Bytes>
-        pins;  // If any: one must be the SHA-256 of a key in its chain (RFC 7858 4.2).
+    // If there are any, one must be the SHA-256 of a key in its chain (RFC 7858 4.2).
+    std::vector<Bytes> pins;
 };
 
 // Reads cloudflare | google | quad9 | ADDR[@PORT]#NAME[,pin-sha256=BASE64]... Throws BadOption.
@@ -160,7 +162,9 @@ struct Layout {
     int type = 0;                       // of the question
     size_t question_end = header_size;  // where the question ends
     size_t end = header_size;           // where the last record ends; octets may follow
-    size_t opt = 0;                     // where the OPT record begins (RFC 6891); 0: there is none
+    // Where the OPT record begins and ends; 0: there is none. Whoever sends one speaks EDNS, the
+    // extension of DNS that has sizes, options and more rcodes (RFC 6891).
+    size_t opt = 0;
     size_t opt_end = 0;
     size_t udp_size = 512;   // the longest UDP answer that the sender takes, in octets
     bool dnssec_ok = false;  // the DO bit of the OPT record
@@ -240,10 +244,11 @@ std::optional<Bytes> unpad(const Query& query, const Bytes& answer, const Layout
 
 // [8] Returns the answer if it fits, else its header and question with TC set. Over TCP any answer
 // fits. Over UDP as many octets fit as the client's OPT record says, but at least 512 and at most
-// `most_udp` (RFC 6891 6.2.3). To a client with EDNS an answer that was cut has an OPT record of
-// the proxy's own: with the client's DO bit, the upper bits of the answer's rcode, and the options
-// of the answer, or none if they do not fit. This comes after unpad(), so that padding does not
-// make an answer too long.
+// `most_udp` (RFC 6891 6.2.3). This comes after unpad(), so that padding does not make an answer
+// too long. To a client with EDNS an answer that was cut has an OPT record of the proxy's own:
+// - It has the client's DO bit.
+// - It has the upper bits of the answer's rcode.
+// - It has the answer's options, if they fit.
 Bytes cut(const Query& query, Bytes answer, size_t most_udp);
 
 // [8] Returns an answer of the proxy's own. For an EDNS client it has an OPT record, and in it an

@@ -392,7 +392,7 @@ struct Client {
     const Address address;
     std::shared_ptr<Permit> permit;  // one of `client_permits`
     std::shared_ptr<Permits> host;   // for the clients of its host
-    // One of `host`. Declared after it, so destroyed first.
+    // One of `host`. Declared after it, so that it is given back before `host` is destroyed.
     std::shared_ptr<Permit> permit_of_host;
     Permits queries{queries_of_a_client};
     std::mutex writing;  // guards the order of octets
@@ -401,7 +401,8 @@ struct Client {
 // For one query of a client. Its permit is given back when its answer has been sent.
 struct WayBack {
     const std::shared_ptr<Client> client;
-    // Declared last, so destroyed first: it is one of client->queries.
+    // One of client->queries. Declared after `client`, so that it is given back before the client
+    // is destroyed.
     const std::shared_ptr<Permit> permit;
 };
 
@@ -628,7 +629,7 @@ int main(int argc, char** argv) {
         sigset_t signals;
         sigemptyset(&signals);
         for (int signal : {SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGPIPE}) sigaddset(&signals, signal);
-        // With nohup(1) SIGHUP is ignored, and stays so: sigwait() would take one that is blocked.
+        // With nohup(1) SIGHUP is ignored. But sigwait() would take it if it were blocked.
         struct sigaction hangup {};
         sigaction(SIGHUP, nullptr, &hangup);
         if (hangup.sa_handler == SIG_IGN) sigdelset(&signals, SIGHUP);
