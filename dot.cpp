@@ -123,8 +123,12 @@ static std::string advice_on_address(const std::string& from) {
     if (from.starts_with('[')) {
         // "[::1]:53", "[::1]@53" or "[::1]": the host is "::1", the rest ":53", "@53" or "".
         const size_t bracket = from.find(']');
-        host = from.substr(1, bracket - 1);
-        if (bracket != from.npos) rest = from.substr(bracket + 1);
+        if (bracket == from.npos) {
+            host = from.substr(1);
+        } else {
+            host = from.substr(1, bracket - 1);
+            rest = from.substr(bracket + 1);
+        }
     } else {
         // "127.0.0.1:53"
         host = from.substr(0, from.rfind(':'));
@@ -317,10 +321,10 @@ static void append16(Bytes& m, size_t value) {
 }
 static void append(Bytes& m, const Bytes& more) { m.insert(m.end(), more.begin(), more.end()); }
 
-// A record type. Domain names may be in its data: `names` of them, from octet `names_at` on. They
-// may be compressed: in the types of RFC 1035, and in some later ones, in which senders have
-// compressed them against the rules (RFC 3597 4). When an OPT record grows or shrinks, all that
-// follows it moves, and the pointers in these names must be corrected: see replace_opt().
+// A record type. Domain names may be in its data: `names` of them, from octet `names_at` on. Only
+// types are listed so in which names may be compressed, by the rules of RFC 1035 or against them
+// (RFC 3597 4). When an OPT record grows or shrinks, all that follows it moves, and the pointers in
+// these names must be corrected: see replace_opt().
 struct TypeRow {
     int type;
     const char* name;
@@ -436,8 +440,9 @@ public:
                 return pointer;
             }
             size += 1 + size_t(length);
-            // This is no label: of an unknown kind, or a pointer where none may be.
-            if (length > 63 || size >= longest_name)
+            // Too long for a label: it is of an unknown kind, or a pointer where none may be.
+            const bool is_label = length <= 63;
+            if (!is_label || size >= longest_name)
                 throw Malformed{"a name or record does not parse"};
         }
         skip(size + 1, "name", Field::NAME);
@@ -503,7 +508,7 @@ static void read_record(Cursor& in, int section, Layout& layout) {
         const size_t size = size_t(in.number("size"));
         in.skip(size, "data", Field::DATA, type);
     }
-    // It is signed if its last record is a signature.
+    // A message is signed if its last record is a signature. Each record overwrites this.
     layout.is_signed = section == ADDITIONALS && (type == TYPE_TSIG || type == TYPE_SIG);
 }
 

@@ -108,7 +108,9 @@ std::string parse_network(const std::string& from);
 // One address of a resolver, and who it must prove to be.
 struct Peer {
     Address address;
-    std::string name;  // A host name or IP address in its certificate's SAN (RFC 8310 8.1).
+    // A host name or IP address that its certificate must have as a subject alternative name, SAN
+    // (RFC 8310 8.1).
+    std::string name;
     // If there are any, one must be the SHA-256 of a key in its chain (RFC 7858 4.2).
     std::vector<Bytes> pins;
 };
@@ -215,16 +217,19 @@ struct Verdict {
 // - Its opcode is not QUERY: it is forwarded, whatever it is (RFC 5625 3).
 // - It has more than one question: FORMERR (RFC 9619 4).
 // - It asks for a zone transfer, AXFR or IXFR: NOTIMP.
-// - It asks for resolver.arpa or a name below it: NOERROR (RFC 9462 6.1).
+// - It asks for resolver.arpa or a name below it: NOERROR, and no records. By these names clients
+//   look for ways around this proxy (RFC 9462 6.1).
 // All others are forwarded. Where the verdict is not `answer`, nobody reads its rcode.
 Verdict judge(const Query& query);
 
 // [3] Returns the query, which parses, padded to the next multiple of 128 octets (RFC 8467 4.1),
 // with zeros, in an option (RFC 7830 3) that comes behind all others. A query without an OPT record
 // gets one, with DO=0. A client's own padding is replaced; its other options stay. Returns the
-// query unchanged if it is signed, if octets follow its last record, if it would be longer than
-// `longest_message`, or if its OPT record cannot be replaced, as a compression pointer leads into
-// it.
+// query unchanged in these cases:
+// - It is signed.
+// - Octets follow its last record.
+// - It would be longer than `longest_message`.
+// - A compression pointer leads into its OPT record, so that this cannot be replaced.
 Bytes pad(const Query& query);
 
 // [5] Returns the message behind its length in two octets (RFC 1035 4.2.2). The message has at most
