@@ -667,7 +667,8 @@ std::string annotate(const Bytes& m) {
         if (field.kind == Field::DATA && is_monotonous(m, field.begin, end)) meaning = hex;
         for (char& c : meaning)
             if (c < ' ' || c > '~') c = '.';  // Nothing that a terminal would obey.
-        // text() takes 1,023 characters: 800 leave room for the label.
+        // At least 12 and 28 characters wide, so that the octets stand in a column. At most 800 of
+        // the meaning: text() has room for 1,023 in all.
         lines += text("\n        %-12s %-28.800s", field.label, meaning.c_str()) + hex;
     }
     return lines;
@@ -693,7 +694,7 @@ void Query::tell(int step, const std::string& what, const Bytes& message) const 
         const size_t size = message.size();
         // Over TLS, and to and from a TCP client, a message has its length before it.
         if (tcp || step == 5 || step == 6)
-            // In the columns of annotate(), which begins the octets behind 42 characters.
+            // As wide as both columns of annotate() and the spaces behind them: 12 + 1 + 28 + 1.
             line += text("\n        %-42s%02zx %02zx", "length", size >> 8, size & 0xff);
         line += annotate(message);
     }
@@ -806,6 +807,7 @@ static std::optional<Bytes> replace_opt(Bytes m, const Layout& layout, const Byt
     std::vector<size_t> pointers;
     // If nothing comes behind it, nothing moves. Nor can a pointer lead into it: all lead back.
     if (layout.opt_end < m.size()) pointers = find_pointers(m, layout);
+    // The pointers are changed in their old places, and move afterwards with all the rest.
     for (size_t pointer : pointers) {
         const size_t target = size_t(get16(m, pointer)) & pointer_bits;
         if (target < layout.opt) continue;                 // What comes before stays.
@@ -930,8 +932,8 @@ std::optional<Bytes> unpad(const Query& query, const Bytes& answer, const Layout
     return replace_opt(a, layout, {});
 }
 
-// The header and question of a message, without records; the header alone unless it has just one
-// question.
+// The header and question of a message, without records. The header alone if it has not just one
+// question, or one that does not parse.
 static Bytes head_of(const Bytes& m, const Layout& layout) {
     const bool has_question = get16(m, questions_at) == 1 && layout.question_end > header_size;
     Bytes head(m.begin(), m.begin() + long(has_question ? layout.question_end : header_size));
@@ -1188,16 +1190,15 @@ private:
 // Whether an upstream is well. One that is at fault rests: it is asked last. From time to time one
 // query tries it all the same, to see whether it is back.
 //
-// `rests` counts its rests in a row, and `rests_until` is when the present one ends. A deaf
-// upstream shakes hands and answers nobody: only an answer ends its rests.
+// A deaf upstream shakes hands and answers nobody: only an answer ends its rests.
 //
 // What this machine cannot reach, for want of a route for example, is passed over for a second.
-// That is nobody's fault and not counted in `rests`.
+// That is nobody's fault, and not counted among its rests.
 class Health {
 public:
     explicit Health(std::string address) : address(std::move(address)) {}
 
-    // Whether it does not rest. When its rest is over it counts as well until a query tries it.
+    // Whether it does not rest. One whose rest is over is taken to be well, until a query tries it.
     bool is_well() {
         Lock lock(mutex);
         return Clock::now() >= rests_until;
@@ -1221,7 +1222,7 @@ public:
         Lock lock(mutex);
         const Time now = Clock::now();
         const bool is_resting = now < rests_until;
-        if (!is_resting && rests == 0) return true;
+        if (!is_resting && rests_in_a_row == 0) return true;
         if (!is_resting) {
             begin_rest(now);
             return true;
@@ -1277,15 +1278,15 @@ public:
     // The next two are called now and then while tries are late, for time is evidence too. One or
     // two late tries may be the fault of their names.
 
-    // Is it gone? It is if no handshake has succeeded for so long. Called while one is going on.
-    // Returns whether it is gone.
+    // Is it gone? It is if no handshake has succeeded for so long, since its first late try. Called
+    // while a handshake is going on. Returns whether it is gone.
     bool judge_handshakes(Duration longest, const std::string& why) {
         bool is_news = false;
         {
             Lock lock(mutex);
-            const Time last_sign = std::max(first_late, last_handshake);
-            if (lates < 3 || Clock::now() < last_sign + longest) return false;
-            is_deaf = false;
+            const Time silent_since = std::max(first_late, last_handshake);
+            if (lates < 3 || Clock::now() < silent_since + longest) return false;
+            is_deaf = false;  // The next handshake will tell that it is back.
             is_news = note_fault();
         }
         if (is_news) tell_fault(why);
@@ -1319,19 +1320,19 @@ public:
 private:
     // RFC 9520 3.2: a failure is remembered for a second at least, and for five minutes at most.
     void begin_rest(Time now) {
-        const seconds rest(1 << std::min(rests, 9));
+        const seconds rest(1 << std::min(rests_in_a_row, 9));
         rests_until = now + std::min(rest, seconds(300));
         asked_at = now;
-        rests++;
+        rests_in_a_row++;
     }
 
     // Returns whether it was at no fault before. If it rests for one, it rests on.
     bool note_fault() {
         const Time now = Clock::now();
-        const bool rests_for_a_fault = rests > 0 && now < rests_until;
+        const bool rests_for_a_fault = rests_in_a_row > 0 && now < rests_until;
         if (rests_for_a_fault) return false;
         begin_rest(now);
-        return rests == 1;
+        return rests_in_a_row == 1;
     }
 
     void tell_fault(const std::string& why) {
@@ -1340,9 +1341,9 @@ private:
 
     // Returns whether it was at fault before.
     bool recover() {
-        const bool was_at_fault = rests > 0;
+        const bool was_at_fault = rests_in_a_row > 0;
         if (was_at_fault) lates = 0;  // After a fault it starts anew.
-        rests = 0;
+        rests_in_a_row = 0;
         is_deaf = false;
         is_out_of_reach = false;
         rests_until = {};
@@ -1350,8 +1351,8 @@ private:
     }
 
     const std::string address;
-    std::mutex mutex;    // guards what follows
-    int rests = 0;       // one after the other
+    std::mutex mutex;  // guards what follows
+    int rests_in_a_row = 0;
     Time rests_until{};  // in the past: it is well
     Time asked_at{};     // when it was asked last although it is at fault
     int lates = 0;       // tries that were late, since it answered last
@@ -1402,7 +1403,7 @@ public:
         return last_use >= time;
     }
 
-    // A ready connection has brought an answer. Each time as many have done so as there are places,
+    // A ready connection has brought an answer. After so many of these answers as there are places,
     // the stock gets one place more.
     void used() {
         Lock lock(mutex);
@@ -1461,6 +1462,7 @@ private:
         places.set_most(std::max(half, least));
     }
 
+    std::deque<std::shared_ptr<Connection>>::iterator find_after(Time time);
     std::shared_ptr<Connection> pop_oldest(Time after = Time::min());
     bool is_fit(Connection& connection);
 
@@ -1529,10 +1531,10 @@ static bool may_be_repeated(const Query& query) {
 class Transaction : public std::enable_shared_from_this<Transaction> {
     // How one upstream was tried for this query.
     struct Tries {
-        int asked = 0;    // how often it was asked
+        int asked = 0;    // how often it was asked; what counts as a try says note_failure()
         int ready = 0;    // how many ready connections were used
         int closed = 0;   // how many connections were closed, perhaps because of this query
-        int staying = 0;  // the number of the try that is not overtaken; 0: there is none
+        int staying = 0;  // the number of the try that is_overtaken() spares; 0: there is none
         bool may_use_ticket = true;
         Time not_before{};                  // when it may be asked again
         Duration pause = milliseconds(50);  // after the next failure
@@ -1755,7 +1757,8 @@ private:
 };
 
 // A try is late. Has another thread carry the transaction to the next upstream as well. Returns
-// false if no race is allowed or possible now: then the caller asks again after a while.
+// false if no race is allowed or possible now: then the caller asks again after a while. If the try
+// is very late, for a quarter of --timeout, a race needs no budget.
 static bool start_race(Transaction& transaction, Upstream& upstream, bool is_very_late);
 
 // ---- TLS ---------------------------------------------------------------------------------------
@@ -1924,9 +1927,10 @@ public:
     bool is_alive() {
         if (is_nothing_there() && !SSL_has_pending(ssl.get())) return true;
         may_wait = false;  // With this on_io() refuses each read(2) that would wait.
-        const Time bound = Clock::now() + seconds(1);
+        const Time bound = Clock::now() + seconds(1);  // only for tickets without end
         const bool is_good = is_quiet(bound);
         may_wait = true;
+        if (!is_good) has_failed = true;
         return is_good;
     }
 
@@ -1982,7 +1986,7 @@ public:
     std::shared_ptr<Permit> place;  // in the stock; nullptr: it is not there
     bool is_ready = false;          // It was opened before the query came.
     bool is_used = false;           // It has brought an answer before, with --reuse.
-    Time opened{};                  // when it was verified, or was used last
+    Time opened{};                  // when it was verified; with --reuse, when it was used last
     Time step_begun{};              // when it began to connect or sent its query
     int try_number = 0;             // of the transaction that it works for
 
@@ -2079,7 +2083,7 @@ private:
     // A step begins: it is late if it takes longer than so many times the usual time of an answer.
     // But less than 25 ms is not late: it is more often the scheduler's fault than the network's.
     // And more than 500 ms always is: slow names raise the usual time, and others must not wait for
-    // that.
+    // that. Very late it is after a quarter of the query's time: see start_race().
     void begin_step(double times) {
         step_begun = Clock::now();
         octets_left = most_octets;
@@ -2116,10 +2120,14 @@ private:
         has_raced = start_race(*transaction, upstream, is_very_late);
         late_at = has_raced ? Time::max() : Clock::now() + milliseconds(50);
 
-        const bool is_connecting = stage < Failure::VERIFIED;
-        if (!is_very_late || !is_connecting) return;
-        if (stage == Failure::CONNECTED) upstream.tickets.forget();  // It may hang on one of them.
-        // What may be sent only once was not sent yet, so another one can be asked instead.
+        if (is_very_late && stage < Failure::VERIFIED) dial_hangs();
+    }
+
+    // This dial is very late. Throws a Failure if the query cannot be raced.
+    void dial_hangs() {
+        // It may hang on its ticket. Then it would hang on the others as well.
+        if (stage == Failure::CONNECTED) upstream.tickets.forget();
+        // What may be sent only once was not sent yet, so another upstream can be asked instead.
         if (!transaction->is_repeatable) throw failure(Failure::TIMEOUT, why_it_is_late());
     }
 
@@ -2149,8 +2157,8 @@ private:
 
     // OpenSSL calls this before each read(2) and write(2), and once more after it: `what` then has
     // BIO_CB_RETURN as well (see BIO_set_callback_ex(3)). After a read(2) `octets` is how many
-    // came. What this returns takes the place of `result`. Before a call that is 1, which lets the
-    // call be made. If this returns -1 it is not made; "retry" says that it would have to wait.
+    // came. If this returns `result`, the call is made, or its result stands. If it returns -1, the
+    // call is not made; "retry" then says that it would have had to wait.
     static long on_io(BIO* bio, int what, const char*, size_t, int, long, int result,
                       size_t* octets) {
         Connection& own = *reinterpret_cast<Connection*>(BIO_get_callback_arg(bio));
@@ -2273,8 +2281,7 @@ private:
         ERR_clear_error();
         const int result = SSL_peek(ssl.get(), &octet, 1);
         const bool is_waiting = SSL_get_error(ssl.get(), result) == SSL_ERROR_WANT_READ;
-        has_failed = !is_waiting || octets_left == 0;
-        return !has_failed;
+        return is_waiting && octets_left > 0;
     }
 
     Transaction* transaction = nullptr;  // which it works for
@@ -2284,31 +2291,35 @@ private:
     Failure::Stage stage = Failure::STARTED;
     bool has_failed = false;
     std::shared_ptr<Permit> open_permit;  // counts it among the upstream's open connections
-    bool is_awaiting_answer = false;
-    bool may_wait = true;              // until there is something to read
-    bool is_late = false;              // This step is.
-    bool has_raced = false;            // Another try was begun, as this one is late.
-    Time late_at = Time::max();        // when this step is late
-    Time very_late_at = Time::max();   // when it is so late that a race needs no budget
-    Time wake_at{};                    // when a call that waits gives up
-    size_t octets_left = most_octets;  // that may be read in this step
+    bool is_awaiting_answer = false;      // may_read() has what comes acknowledged at once
+    bool may_wait = true;                 // until there is something to read
+    bool is_late = false;                 // This step is.
+    bool has_raced = false;               // Another try was begun, as this one is late.
+    Time late_at = Time::max();           // when this step is late
+    Time very_late_at = Time::max();      // when it is so late that a race needs no budget
+    Time wake_at{};                       // when a call that waits gives up
+    size_t octets_left = most_octets;     // that may be read in this step
 };
 
-static Time opened_at(const std::shared_ptr<Connection>& connection) { return connection->opened; }
+// The first connection that was opened after that time. They are in this order, so a binary search
+// finds it.
+std::deque<std::shared_ptr<Connection>>::iterator Stock::find_after(Time time) {
+    const auto is_older = [time](const auto& one) { return one->opened <= time; };
+    return std::ranges::partition_point(parked, is_older);
+}
 
 // One that was taken out to be looked at comes back to its place, so the oldest is always the
 // first.
 void Stock::park(std::shared_ptr<Connection> connection) {
     Lock lock(mutex);
-    // Its place is before the first one that was opened later.
-    const auto next = std::ranges::upper_bound(parked, connection->opened, {}, opened_at);
+    const auto next = find_after(connection->opened);
     parked.insert(next, std::move(connection));
 }
 
 // The oldest of those that were opened after that time.
 std::shared_ptr<Connection> Stock::pop_oldest(Time after) {
     Lock lock(mutex);
-    const auto found = std::ranges::upper_bound(parked, after, {}, opened_at);
+    const auto found = find_after(after);
     if (found == parked.end()) return nullptr;
     std::shared_ptr<Connection> oldest = std::move(*found);
     parked.erase(found);
@@ -2435,8 +2446,8 @@ static void open_ahead_in_thread(Upstream& upstream, const std::shared_ptr<Permi
     detach([&upstream, place] { open_ahead(upstream, place); });
 }
 
-// After an answer: the next query is to find a connection ready. While more are being opened than
-// wait, two are opened for one that was used: so the stock grows as long as it runs low.
+// After an answer: the next query is to find a connection ready. If the stock is low, two are
+// opened for one that was used, so that it grows.
 static void restock(Upstream& upstream) {
     // Let the client run before this thread takes the processor for a handshake.
     std::this_thread::sleep_for(milliseconds(1));
