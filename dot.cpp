@@ -436,7 +436,7 @@ public:
             if (length == 0) break;
             if (length >= 0xc0 && may_have_pointer) {
                 const size_t pointer = at + size;
-                skip(size + 2, "name", Field::NAME);
+                skip(size + 2, "name", Field::NAME);  // The pointer has two octets.
                 return pointer;
             }
             size += 1 + size_t(length);
@@ -445,7 +445,7 @@ public:
             if (!is_label || size >= longest_name)
                 throw Malformed{"a name or record does not parse"};
         }
-        skip(size + 1, "name", Field::NAME);
+        skip(size + 1, "name", Field::NAME);  // An empty label of one octet is its end.
         return 0;
     }
 
@@ -1684,7 +1684,8 @@ private:
     bool may_be_asked(const Upstream& upstream) const {
         if (was_sent && !is_repeatable) return false;
         // If two connections were closed upon this query, it may be what they refuse to answer.
-        // Then only those are asked that were not yet asked over a new connection.
+        // Then one try at each upstream must do. (A try is not counted if the connection was ready
+        // and was closed: see note_failure().)
         const int most = closed_by_all >= 2 ? 1 : 3;
         return tries[upstream.number].asked < most;
     }
