@@ -32,7 +32,7 @@ static std::mutex printing;
 void say(std::string line) {
     line += '\n';
     // A pipe takes a short line in one piece (POSIX: up to PIPE_BUF octets), so lines do not mix.
-    // With -vv lines are longer. Then one thread prints at a time.
+    // With -vv lines are longer, so a lock lets one thread print at a time.
     std::unique_lock<std::mutex> lock(printing, std::defer_lock);
     if (settings.verbose >= 2) lock.lock();
     const ssize_t written = write(STDOUT_FILENO, line.data(), line.size());
@@ -321,10 +321,10 @@ static void append16(Bytes& m, size_t value) {
 }
 static void append(Bytes& m, const Bytes& more) { m.insert(m.end(), more.begin(), more.end()); }
 
-// A record type. Domain names may be in its data: `names` of them, from octet `names_at` on. Only
-// types are listed so in which names may be compressed, by the rules of RFC 1035 or against them
-// (RFC 3597 4). When an OPT record grows or shrinks, all that follows it moves, and the pointers in
-// these names must be corrected: see replace_opt().
+// A record type. Domain names may be in its data: `names` of them, from octet `names_at` on. They
+// are listed only for those types in which they may be compressed, by the rules of RFC 1035 or
+// against them (RFC 3597 4). When an OPT record grows or shrinks, all that follows it moves, and
+// the pointers in these names must be corrected: see replace_opt().
 struct TypeRow {
     int type;
     const char* name;
@@ -440,12 +440,12 @@ public:
                 return pointer;
             }
             size += 1 + size_t(length);
-            // Too long for a label: it is of an unknown kind, or a pointer where none may be.
+            // More than 63 octets are no label, but a pointer or an unknown kind.
             const bool is_label = length <= 63;
             if (!is_label || size >= longest_name)
                 throw Malformed{"a name or record does not parse"};
         }
-        skip(size + 1, "name", Field::NAME);  // An empty label of one octet is its end.
+        skip(size + 1, "name", Field::NAME);  // It ends with an empty label: one octet.
         return 0;
     }
 
@@ -667,8 +667,8 @@ std::string annotate(const Bytes& m) {
         if (field.kind == Field::DATA && is_monotonous(m, field.begin, end)) meaning = hex;
         for (char& c : meaning)
             if (c < ' ' || c > '~') c = '.';  // Nothing that a terminal would obey.
-        // At least 12 and 28 characters wide, so that the octets stand in a column. At most 800 of
-        // the meaning: text() has room for 1,023 in all.
+        // Two columns of at least 12 and 28 characters come before the octets. At most 800
+        // characters of the meaning are printed, as text() has room for 1,023 in all.
         lines += text("\n        %-12s %-28.800s", field.label, meaning.c_str()) + hex;
     }
     return lines;
@@ -694,7 +694,7 @@ void Query::tell(int step, const std::string& what, const Bytes& message) const 
         const size_t size = message.size();
         // Over TLS, and to and from a TCP client, a message has its length before it.
         if (tcp || step == 5 || step == 6)
-            // As wide as both columns of annotate() and the spaces behind them: 12 + 1 + 28 + 1.
+            // This is as wide as both columns of annotate() with a space behind each.
             line += text("\n        %-42s%02zx %02zx", "length", size >> 8, size & 0xff);
         line += annotate(message);
     }
@@ -805,7 +805,7 @@ static std::optional<Bytes> replace_opt(Bytes m, const Layout& layout, const Byt
     constexpr size_t pointer_bits = 0x3fff;  // where it points, in 14 bits
     const size_t new_end = layout.opt + record.size();
     std::vector<size_t> pointers;
-    // If nothing comes behind it, nothing moves. Nor can a pointer lead into it: all lead back.
+    // If nothing comes behind it, nothing moves. Nor does a pointer lead into it: all lead back.
     if (layout.opt_end < m.size()) pointers = find_pointers(m, layout);
     // The pointers are changed in their old places, and move afterwards with all the rest.
     for (size_t pointer : pointers) {
@@ -932,8 +932,8 @@ std::optional<Bytes> unpad(const Query& query, const Bytes& answer, const Layout
     return replace_opt(a, layout, {});
 }
 
-// The header and question of a message, without records. The header alone if it has not just one
-// question, or one that does not parse.
+// Returns the header and question of a message, without records; or the header alone, if there is
+// not exactly one question or if that does not parse.
 static Bytes head_of(const Bytes& m, const Layout& layout) {
     const bool has_question = get16(m, questions_at) == 1 && layout.question_end > header_size;
     Bytes head(m.begin(), m.begin() + long(has_question ? layout.question_end : header_size));
@@ -1190,7 +1190,8 @@ private:
 // Whether an upstream is well. One that is at fault rests: it is asked last. From time to time one
 // query tries it all the same, to see whether it is back.
 //
-// A deaf upstream shakes hands and answers nobody: only an answer ends its rests.
+// One that is gone shakes hands with nobody: a handshake ends its rests. One that is deaf shakes
+// hands and answers nobody: only an answer ends its rests.
 //
 // What this machine cannot reach, for want of a route for example, is passed over for a second.
 // That is nobody's fault, and not counted among its rests.
@@ -1198,7 +1199,7 @@ class Health {
 public:
     explicit Health(std::string address) : address(std::move(address)) {}
 
-    // Whether it does not rest. One whose rest is over is taken to be well, until a query tries it.
+    // Whether it does not rest. One whose rest is over is taken to be well until it is tried.
     bool is_well() {
         Lock lock(mutex);
         return Clock::now() >= rests_until;
@@ -1211,10 +1212,11 @@ public:
         return Clock::now() >= rests_until && !is_deaf;
     }
 
-    // Called before a query asks it. Returns false if it must not be asked now:
+    // Called before a query asks it, or a connection is opened ahead. Returns false if it must not
+    // be asked now:
     // - It does not rest, and was at no fault: it may be asked.
     // - Its rest is over: one query may try it. Its next rest begins at once, so that others do not
-    //   try it too. If it answers, recover() ends that rest.
+    //   try it too. If that goes well, recover() ends this rest.
     // - It rests, and another upstream is well: that one is asked.
     // - It rests, and no upstream is well: one query in 100 ms may try it. If it is deaf all may:
     //   perhaps it only takes long for some names, and others must not wait for those.
@@ -1275,11 +1277,11 @@ public:
         lates++;
     }
 
-    // The next two are called now and then while tries are late, for time is evidence too. One or
-    // two late tries may be the fault of their names.
+    // Time is evidence too, so these two are called now and then while a try is late. They find a
+    // fault only if three tries are late, as one or two may be late because of their names.
 
-    // Is it gone? It is if no handshake has succeeded for so long, since its first late try. Called
-    // while a handshake is going on. Returns whether it is gone.
+    // It is gone if no handshake has succeeded for `longest`, counted from when the first of these
+    // tries began. This is called while a handshake is going on. Returns whether it is gone.
     bool judge_handshakes(Duration longest, const std::string& why) {
         bool is_news = false;
         {
@@ -1293,7 +1295,8 @@ public:
         return true;
     }
 
-    // Is it deaf? It is if nobody has had an answer for so long. It may shake hands.
+    // It is deaf if nobody has had an answer for `longest`, counted in the same way. Perhaps it
+    // still shakes hands.
     void judge_answers(Duration longest, const std::string& why) {
         bool is_news = false;
         {
@@ -1318,6 +1321,9 @@ public:
     }
 
 private:
+    // begin_rest(), note_fault() and recover() are called under the lock; tell_fault() is called
+    // without it, as say() can wait.
+
     // RFC 9520 3.2: a failure is remembered for a second at least, and for five minutes at most.
     void begin_rest(Time now) {
         const seconds rest(1 << std::min(rests_in_a_row, 9));
@@ -1326,7 +1332,7 @@ private:
         rests_in_a_row++;
     }
 
-    // Returns whether it was at no fault before. If it rests for one, it rests on.
+    // Returns whether this is news. It is not if it was at fault before.
     bool note_fault() {
         const Time now = Clock::now();
         const bool rests_for_a_fault = rests_in_a_row > 0 && now < rests_until;
@@ -1342,7 +1348,9 @@ private:
     // Returns whether it was at fault before.
     bool recover() {
         const bool was_at_fault = rests_in_a_row > 0;
-        if (was_at_fault) lates = 0;  // After a fault it starts anew.
+        // After a fault the count starts anew. Without one this may be only a handshake, which is
+        // no answer, and late tries still count.
+        if (was_at_fault) lates = 0;
         rests_in_a_row = 0;
         is_deaf = false;
         is_out_of_reach = false;
@@ -1403,8 +1411,8 @@ public:
         return last_use >= time;
     }
 
-    // A ready connection has brought an answer. After so many of these answers as there are places,
-    // the stock gets one place more.
+    // A ready connection has brought an answer. After as many such answers as there are places, the
+    // stock gets one place more.
     void used() {
         Lock lock(mutex);
         last_use = Clock::now();
@@ -1505,7 +1513,7 @@ static SSL_CTX* tls;
 // open_ahead().
 struct Failure {
     enum Cause {
-        OVERTAKEN,  // other tries go on without this one: see is_overtaken()
+        OVERTAKEN,  // there is an answer, or three later tries go on: see is_overtaken()
         LOCAL,      // something on this machine, such as no route or too many open files
         TIMEOUT,    // the deadline
         CLOSED,     // the other end refused, reset or closed the connection
@@ -1531,7 +1539,7 @@ static bool may_be_repeated(const Query& query) {
 class Transaction : public std::enable_shared_from_this<Transaction> {
     // How one upstream was tried for this query.
     struct Tries {
-        int asked = 0;    // how often it was asked; what counts as a try says note_failure()
+        int asked = 0;    // how often it was asked, as note_failure() counts it
         int ready = 0;    // how many ready connections were used
         int closed = 0;   // how many connections were closed, perhaps because of this query
         int staying = 0;  // the number of the try that is_overtaken() spares; 0: there is none
@@ -1581,7 +1589,7 @@ public:
         return tries_begun;
     }
 
-    // A try is over, without an answer.
+    // A try is over, and has brought no answer.
     void end_try(const Upstream& upstream, int number) {
         Lock lock(mutex);
         int& staying = tries[upstream.number].staying;
@@ -1590,8 +1598,8 @@ public:
     }
 
     // Whether a try need not go on: there is an answer, or three later tries are going on. That
-    // bounds the threads for each query. But at each upstream the first try that has asked over a
-    // new connection stays: a later one would have its answer later.
+    // bounds how many go on at a time. But at each upstream the first try that has asked over a new
+    // connection stays: a later one would have its answer later.
     bool is_overtaken(const Upstream& upstream, int number) {
         if (was_answered) return true;
         Lock lock(mutex);
@@ -1705,7 +1713,7 @@ private:
             if (is_anybody_well && !upstream->health.is_well()) continue;
             candidates.push_back(upstream.get());
         }
-        // Those that were asked less often come first. The others keep the user's order.
+        // Those that were asked less often come first. Among equals the user's order stays.
         const auto was_asked_less = [this](const Upstream* one, const Upstream* other) {
             return tries[one->number].asked < tries[other->number].asked;
         };
@@ -1751,7 +1759,7 @@ private:
     std::mutex mutex;          // guards what follows
     std::vector<Tries> tries;  // one for each upstream
     int tries_begun = 0;
-    std::set<int> going_on;  // the numbers of these tries
+    std::set<int> going_on;  // the numbers of the tries that have begun and are not over
     int closed_by_all = 0;   // how many connections were closed, by all upstreams together
     Failure::Stage furthest = Failure::NOWHERE;
     std::string reason = "nobody could be asked in time";
@@ -1759,7 +1767,7 @@ private:
 
 // A try is late. Has another thread carry the transaction to the next upstream as well. Returns
 // false if no race is allowed or possible now: then the caller asks again after a while. If the try
-// is very late, for a quarter of --timeout, a race needs no budget.
+// is very late, the race needs no budget.
 static bool start_race(Transaction& transaction, Upstream& upstream, bool is_very_late);
 
 // ---- TLS ---------------------------------------------------------------------------------------
@@ -1913,8 +1921,8 @@ public:
     }
 
     // Waits for the tickets that follow a handshake. Nothing tells which of them is the last, so
-    // this waits for one and a half times as long as an answer takes, whatever comes. Throws a
-    // Failure if the other end closes the connection meanwhile.
+    // this always waits for one and a half times as long as an answer usually takes. Throws a
+    // Failure if anything but tickets comes, such as the end.
     void settle() {
         const Duration wait = upstream.usual_answer.get() * 3 / 2;
         const Time until =
@@ -2084,7 +2092,7 @@ private:
     // A step begins: it is late if it takes longer than so many times the usual time of an answer.
     // But less than 25 ms is not late: it is more often the scheduler's fault than the network's.
     // And more than 500 ms always is: slow names raise the usual time, and others must not wait for
-    // that. Very late it is after a quarter of the query's time: see start_race().
+    // that. It is very late after a quarter of --timeout: see start_race().
     void begin_step(double times) {
         step_begun = Clock::now();
         octets_left = most_octets;
@@ -2126,7 +2134,7 @@ private:
 
     // This dial is very late. Throws a Failure if the query cannot be raced.
     void dial_hangs() {
-        // It may hang on its ticket. Then it would hang on the others as well.
+        // Its ticket may be why it hangs. Then other dials would hang on the other tickets.
         if (stage == Failure::CONNECTED) upstream.tickets.forget();
         // What may be sent only once was not sent yet, so another upstream can be asked instead.
         if (!transaction->is_repeatable) throw failure(Failure::TIMEOUT, why_it_is_late());
@@ -2158,8 +2166,8 @@ private:
 
     // OpenSSL calls this before each read(2) and write(2), and once more after it: `what` then has
     // BIO_CB_RETURN as well (see BIO_set_callback_ex(3)). After a read(2) `octets` is how many
-    // came. If this returns `result`, the call is made, or its result stands. If it returns -1, the
-    // call is not made; "retry" then says that it would have had to wait.
+    // came. If this returns `result`, the call is made, or its result stands. If this returns -1
+    // before a call, that is not made; "retry" then says that it would have had to wait.
     static long on_io(BIO* bio, int what, const char*, size_t, int, long, int result,
                       size_t* octets) {
         Connection& own = *reinterpret_cast<Connection*>(BIO_get_callback_arg(bio));
@@ -2302,8 +2310,8 @@ private:
     size_t octets_left = most_octets;     // that may be read in this step
 };
 
-// The first connection that was opened after that time. They are in this order, so a binary search
-// finds it.
+// The first connection that was opened after that time. They are sorted by that time, so a binary
+// search finds it.
 std::deque<std::shared_ptr<Connection>>::iterator Stock::find_after(Time time) {
     const auto is_older = [time](const auto& one) { return one->opened <= time; };
     return std::ranges::partition_point(parked, is_older);
@@ -2409,8 +2417,8 @@ static bool start_race(Transaction& transaction, Upstream& upstream, bool is_ver
 }
 
 // What a failure says of the upstream. What goes wrong after it was asked says more of the query's
-// name than of the upstream. A TIMEOUT is not here: be_late() has told Health. Nor is what is
-// LOCAL, which says nothing of it.
+// name than of the upstream. A TIMEOUT is not here: tell_health() was called while it was late. Nor
+// is what is LOCAL, which says nothing of the upstream.
 static void learn_from_failure(const Failure& failure, Upstream& upstream) {
     if (failure.cause != Failure::CLOSED && failure.cause != Failure::FAULT) return;
     if (failure.stage == Failure::ASKED) return;
@@ -2481,8 +2489,8 @@ static void learn_from_answer(Transaction& transaction, Upstream& upstream,
         // did: so those that are as old are dead. It is so after a change of networks.
         upstream.stock.drop_older_than(connection.opened);
     }
-    // Others have closed connections upon this query. It was not the reason, as it has been
-    // answered now. So they count as late: after three such queries they are deaf.
+    // Other upstreams have closed connections upon this query. It was not the reason, as it has
+    // been answered now. So each of them counts as late, and after three such queries as deaf.
     for (const auto& other : upstreams) {
         if (other.get() == &upstream || !transaction.was_closed_by(*other)) continue;
         other->health.late(transaction.query.taken);
@@ -2547,7 +2555,7 @@ static void carry(const std::shared_ptr<Transaction>& transaction) {
                 connection = std::make_shared<Connection>(*upstream);
                 connection->work_for(transaction.get());
                 connection->dial();
-                // It has closed one upon this query. Does it close all, even unused? Wait and see.
+                // It has closed one upon this query. Does it close unused ones as well?
                 if (transaction->was_closed_by(*upstream)) connection->settle();
             }
             if (settings.verbose) connection->tell(4, connection->how_verified());

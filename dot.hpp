@@ -16,11 +16,11 @@
 //     |           | <-------- | [8] answer, or cut it (TC)|       |       |
 //     +-----------+           +---------------------------+       +-------+
 //
-// One thread waits at each UDP socket, one at each TCP socket for new clients, and one for each of
-// these clients: for steps [1] and [2]. A query that is to be forwarded gets a thread of its own,
-// which takes it through steps [3] to [8] and waits for one thing at a time: every socket blocks.
-// If its resolver is late, the query gets a second thread, which asks another resolver or tries
-// another connection.
+// One thread at each UDP socket and one for each TCP client do steps [1] and [2]. One more at each
+// TCP socket waits for new clients. A query that is to be forwarded gets a thread of its own, which
+// takes it through steps [3] to [8] and waits for one thing at a time: every socket blocks. If its
+// resolver is late, the query gets a second thread, which asks another resolver or tries another
+// connection.
 //
 // Each query has a TLS connection to itself (unless --reuse is given). That costs a round trip for
 // TCP, one for TLS and one for the answer, so a thread that has answered opens the next connection

@@ -629,7 +629,7 @@ int main(int argc, char** argv) {
         sigset_t signals;
         sigemptyset(&signals);
         for (int signal : {SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGPIPE}) sigaddset(&signals, signal);
-        // With nohup(1) SIGHUP is ignored. But sigwait() would take it if it were blocked.
+        // With nohup(1) SIGHUP is ignored. It is left out, as sigwait() would take it if blocked.
         struct sigaction hangup {};
         sigaction(SIGHUP, nullptr, &hangup);
         if (hangup.sa_handler == SIG_IGN) sigdelset(&signals, SIGHUP);
