@@ -2310,8 +2310,8 @@ private:
     size_t octets_left = most_octets;     // that may be read in this step
 };
 
-// The first connection that was opened after that time. They are sorted by that time, so a binary
-// search finds it.
+// The first connection that was opened after that time. They are sorted by when they were opened,
+// so a binary search finds it.
 std::deque<std::shared_ptr<Connection>>::iterator Stock::find_after(Time time) {
     const auto is_older = [time](const auto& one) { return one->opened <= time; };
     return std::ranges::partition_point(parked, is_older);
